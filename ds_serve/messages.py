@@ -1,0 +1,228 @@
+"""The plain messages that pass between front, engine and workers.
+
+Frozen msgspec structs of plain values: they cross process borders as msgpack, never as pickle.
+This module knows no text, no tensors and no policy. Everything else imports it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class _Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Base of every message: immutable, fields by name, defaults not sent."""
+
+
+def _require(ok: bool, name: str, found: object, wanted: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}: must be {wanted}, got {found!r}")
+
+
+class SamplingParams(_Message):
+    """How one request's tokens are chosen. Names and meanings are the field's own.
+
+    temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 are off. Penalties count from the real
+    prompt, also after preemption. A token drawn at a position is a function of (seed, position)
+    and of the logits alone: the front draws a seed where the caller gave none.
+    eos_token_ids end a request unless ignore_eos; stop_token_ids always do. Neither can be sampled
+    before min_tokens. logprobs is the number of alternatives to report (0: the token's own only).
+
+    Raises ValueError naming the parameter when one is out of range.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    eos_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
+        _require(
+            0 <= self.min_tokens <= self.max_tokens,
+            "min_tokens",
+            self.min_tokens,
+            f"between 0 and max_tokens ({self.max_tokens})",
+        )
+        # NaN fails each of these comparisons, and so is refused too.
+        _require(0.0 <= self.temperature < 1e6, "temperature", self.temperature, "finite and at least 0")
+        _require(self.top_k >= 0, "top_k", self.top_k, "at least 0 (0: off)")
+        _require(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "in (0, 1]")
+        _require(0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "in [0, 1]")
+        _require(
+            0.0 < self.repetition_penalty < 1e6, "repetition_penalty", self.repetition_penalty, "above 0"
+        )
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _require(-2.0 <= value <= 2.0, name, value, "in [-2, 2]")
+        for token, bias in self.logit_bias.items():
+            _require(token >= 0 and -100.0 <= bias <= 100.0, "logit_bias", {token: bias}, "in [-100, 100]")
+        _require(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit integer")
+        _require(
+            self.logprobs is None or 0 <= self.logprobs <= 100,
+            "logprobs",
+            self.logprobs,
+            "between 0 and 100",
+        )
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def end_token_ids(self) -> frozenset[int]:
+        """Ids that end the request: stop ids, and EOS unless it is ignored."""
+        return frozenset(self.stop_token_ids) | frozenset(() if self.ignore_eos else self.eos_token_ids)
+
+
+# -- front -> engine ---------------------------------------------------------------------------
+
+
+class Request(_Message, tag="request"):
+    """One sequence to continue. A lower priority number goes first; salt separates tenants' caches."""
+
+    id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    salt: str = ""
+    priority: int = 0
+
+
+class Abort(_Message, tag="abort"):
+    """Ends a request in any state. The engine still answers with one last Output."""
+
+    id: str
+
+
+class StatsQuery(_Message, tag="stats_query"):
+    """Asks for one Stats message."""
+
+
+# -- engine -> front ---------------------------------------------------------------------------
+
+
+class TokenLogprob(_Message):
+    """Natural-log probability of a chosen token and of the most likely ones, best first."""
+
+    logprob: float
+    top_ids: list[int] = []
+    top_logprobs: list[float] = []
+
+
+class Output(_Message, tag="output"):
+    """New tokens of one request, and, exactly once a request, why it ended.
+
+    token_ids are new since the last Output; logprobs runs beside them where it was asked for.
+    stop_token_id is the id that ended it, if one did (it is the last of token_ids).
+    num_cached_tokens counts prompt tokens that were not computed again. times are seconds on the
+    engine's monotonic clock: queued, first_scheduled, first_token (0 where not yet).
+    """
+
+    id: str
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    error: str | None = None
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    times: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+
+class Stats(_Message, tag="stats"):
+    """Gauges and totals of the engine, for /health, metrics and tests."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+    num_cached_blocks: int = 0
+    num_steps: int = 0
+    num_preemptions: int = 0
+    num_finished: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+
+
+class EngineInfo(_Message, tag="info"):
+    """What the front must know of the engine; the first message an engine process sends."""
+
+    model: str
+    max_model_len: int
+    vocab_size: int
+    block_size: int
+    num_blocks: int
+    device: str
+    dtype: str
+
+
+class EngineFailure(_Message, tag="failure"):
+    """The engine process is going down: every open request ends with this reason."""
+
+    reason: str
+
+
+FrontMessage = Request | Abort | StatsQuery
+EngineMessage = Output | Stats | EngineInfo | EngineFailure
+
+# -- engine -> workers -------------------------------------------------------------------------
+
+
+class NewSequence(_Message):
+    """A sequence takes a slot: prompt + output so far. Replaces what the slot held before."""
+
+    slot: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    params: SamplingParams
+
+
+class Row(_Message):
+    """One sequence's part in a step: positions [start, start + count) of the slot's tokens.
+
+    Workers keep each slot's tokens (a sampled token is appended by the worker itself) and block
+    table (new_block_ids is appended). A row with sample=True ends at the sequence's last token.
+    """
+
+    slot: int
+    start: int
+    count: int
+    new_block_ids: list[int] = []
+    sample: bool = False
+
+
+class StepPlan(_Message):
+    """One step, the same on every rank. Differences only: workers remember the rest."""
+
+    step: int
+    new: list[NewSequence] = []
+    rows: list[Row] = []
+
+
+# -- workers -> engine -------------------------------------------------------------------------
+
+
+class StepResult(_Message):
+    """One token for each row of the plan with sample=True, in the plan's order.
+
+    logprobs runs beside token_ids where any of the rows asked for them, else it is empty.
+    """
+
+    step: int
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprob | None] = []
