@@ -1,0 +1,1 @@
+"""Paged attention that Hugging Face models call, and the backends that compute it."""

@@ -1,0 +1,62 @@
+"""What a step's attention must know beyond q, k and v, and how it gets there.
+
+Hugging Face modules call the attention function many frames below the runner, and some of them drop
+keywords on the way: so the batch travels in a context variable. The worker builds an AttentionBatch a
+step and runs the model inside use_batch(batch); interface.py and fused layers read get_batch().
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+
+from ds_serve.attention.layout import KVLayout
+
+
+@dataclass
+class AttentionBatch:
+    """The ragged batch of one step: T tokens of R rows, row after row. All tensors on the slab's device.
+
+    slab          [num_blocks, layout.block_elems]  the KV memory
+    slot_mapping  int64[T]    block * block_size + offset of each of the step's tokens
+    query_start   int32[R+1]  row r's tokens are query_start[r] .. query_start[r+1]-1
+    context_len   int32[R]    row r's length after this step; its tokens are the last of them
+    block_tables  int32[R, B] block ids in order, padded with 0
+    positions     int64[T]    position of each token in its sequence
+    max_query_len, num_tokens plain ints, so that nobody needs to ask the device
+    """
+
+    slab: torch.Tensor
+    layout: KVLayout
+    slot_mapping: torch.Tensor
+    query_start: torch.Tensor
+    context_len: torch.Tensor
+    block_tables: torch.Tensor
+    positions: torch.Tensor
+    max_query_len: int
+    num_tokens: int
+
+
+current_batch: ContextVar[AttentionBatch | None] = ContextVar("ds_serve_attention_batch", default=None)
+
+
+@contextmanager
+def use_batch(batch: AttentionBatch) -> Iterator[AttentionBatch]:
+    """Makes batch the one that attention sees inside the with block."""
+    token = current_batch.set(batch)
+    try:
+        yield batch
+    finally:
+        current_batch.reset(token)
+
+
+def get_batch() -> AttentionBatch:
+    """The batch of the step now running. RuntimeError outside of use_batch."""
+    batch = current_batch.get()
+    if batch is None:
+        raise RuntimeError("no attention batch: run the model inside `with use_batch(batch):`")
+    return batch

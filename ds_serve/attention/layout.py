@@ -1,0 +1,84 @@
+"""Where the keys and values of a block of tokens lie: one slab, block-major.
+
+A slab is a tensor [num_blocks, block_elems]: row b holds block b of every layer, K then V, so that
+moving a block between device and host is one contiguous copy. This module gives the regions' places
+and sizes; what lies inside a region is the backend's own business. It knows no model and no kernel.
+The worker allocates slabs by it, backends find their regions by it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+ALIGN_BYTES = 64
+
+
+@dataclass(frozen=True)
+class LayerKV:
+    """One layer's KV shape on this rank. num_kv_heads may be 0 (a tensor rank without a KV head)."""
+
+    num_kv_heads: int
+    k_dim: int
+    v_dim: int
+
+    def __post_init__(self) -> None:
+        if self.num_kv_heads < 0 or self.k_dim < 1 or self.v_dim < 1:
+            raise ValueError(f"LayerKV: needs num_kv_heads >= 0 and k_dim, v_dim >= 1, got {self}")
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """Regions of one block's row. Offsets and sizes are in elements of dtype.
+
+    layers are this stage's, in order; first_layer is the model-wide index (layer_idx) of layers[0].
+    Each K and V region is padded to a multiple of 64 bytes.
+    """
+
+    layers: tuple[LayerKV, ...]
+    block_size: int = 16
+    dtype: torch.dtype = torch.bfloat16
+    first_layer: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if self.block_size < 1:
+            raise ValueError(f"block_size: must be at least 1, got {self.block_size}")
+        if self.first_layer < 0:
+            raise ValueError(f"first_layer: must be at least 0, got {self.first_layer}")
+
+    @cached_property
+    def _offsets(self) -> list[int]:
+        """Start of K0, V0, K1, V1, ... and, last, the row's length."""
+        align = max(1, ALIGN_BYTES // self.dtype.itemsize)
+        offsets = [0]
+        for layer in self.layers:
+            for dim in (layer.k_dim, layer.v_dim):
+                elems = self.block_size * layer.num_kv_heads * dim
+                offsets.append(offsets[-1] + -(-elems // align) * align)
+        return offsets
+
+    def k_offset(self, layer: int) -> int:
+        """First element of the layer's K region; layer counts from 0 within this layout."""
+        return self._offsets[2 * layer]
+
+    def v_offset(self, layer: int) -> int:
+        return self._offsets[2 * layer + 1]
+
+    @property
+    def block_elems(self) -> int:
+        return self._offsets[-1]
+
+    @property
+    def bytes_per_block(self) -> int:
+        return self.block_elems * self.dtype.itemsize
+
+    def allocate(self, num_blocks: int, device: torch.device | str, pin_memory: bool = False) -> torch.Tensor:
+        """Zeros [num_blocks, block_elems]; zeros, since backends may read lines they then mask."""
+        if num_blocks < 1:
+            raise ValueError(f"num_blocks: must be at least 1, got {num_blocks}")
+        return torch.zeros(
+            num_blocks, self.block_elems, dtype=self.dtype, device=device, pin_memory=pin_memory
+        )
