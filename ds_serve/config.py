@@ -1,0 +1,111 @@
+"""The one settings model: defaults, then a YAML file, then DS_SERVE_* variables, then flags, the last wins.
+
+Knows names, types and ranges of settings; knows nothing of what they do. Read by cli, pipeline, server
+and rank; handed from the server to its engine process as JSON.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def parse_bytes(value: Any) -> Any:
+    """'8GiB', '512MB' or a number of bytes -> int. Raises ValueError on anything else that is text."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?)?B?\s*", value.upper())
+    if match is None:
+        raise ValueError(f"{value!r} is not a size: write bytes, or a number with KiB, MiB, GiB, KB, MB, GB")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. Field descriptions are the command line's help texts."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="DS_SERVE_", extra="forbid", protected_namespaces=(), populate_by_name=True
+    )
+
+    model: str = Field(description="directory of a Hugging Face causal LM (safetensors)")
+    served_model_name: str | None = Field(None, description="name in the API; default: the directory's name")
+    trust_remote_code: bool = Field(False, description="run Python code that the model directory brings")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: as the checkpoint says"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: DeepSpeed's accelerator")
+    num_threads: int | None = Field(
+        None, ge=1, description="threads of the CPU kernels; default: OMP_NUM_THREADS or all cores"
+    )
+
+    max_model_len: int | None = Field(
+        None,
+        ge=2,
+        description="longest prompt + output in tokens; default: the model's, or what the cache holds",
+    )
+    block_size: int = Field(16, ge=1, le=256, description="tokens in a KV block")
+    num_blocks: int | None = Field(None, ge=1, description="KV blocks; default: from kv_cache_memory")
+    kv_cache_memory: Bytes | None = Field(
+        None, ge=1, description="bytes for KV blocks (8GiB); default: 30%% of free memory, at most 4 GiB"
+    )
+    prefix_caching: bool = Field(True, description="find prefixes of earlier requests in the cache")
+
+    max_num_seqs: int = Field(64, ge=1, le=4096, description="requests in one step at most")
+    max_num_batched_tokens: int = Field(2048, ge=1, description="tokens in one step at most")
+    max_queue: int = Field(10_000, ge=1, description="waiting requests at most")
+    steps_in_flight: int = Field(2, ge=1, le=8, description="steps the engine plans ahead of the device")
+
+    attention: Literal["auto", "reference", "cpu"] = Field("auto", description="attention backend")
+    injection: Literal["auto", "off"] = Field("auto", description="fused modules for known layers")
+
+    host: str = Field("127.0.0.1", description="address to serve on")
+    port: int = Field(8000, ge=0, le=65535, description="port to serve on")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="how much is logged")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings
+
+    @classmethod
+    def load(cls, config_file: str | None = None, **flags: Any) -> Settings:
+        """Settings from a YAML file, the environment and flags, the last wins.
+
+        Raises FileNotFoundError for a missing file, pydantic.ValidationError for a bad or unknown field.
+        """
+        if config_file is None:
+            return cls(**flags)
+        if not Path(config_file).is_file():
+            raise FileNotFoundError(f"no configuration file {config_file}")
+
+        class WithFile(cls):
+            @classmethod
+            def settings_customise_sources(cls, settings_cls, init_settings, env_settings, **_):
+                return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, config_file)
+
+        return cls.model_construct(**WithFile(**flags).model_dump())
+
+    @property
+    def name(self) -> str:
+        """The model's name in the API."""
+        return self.served_model_name or Path(self.model).resolve().name

@@ -1,0 +1,57 @@
+"""The engine in a process of its own: the loop's inbox and outbox as two ZeroMQ sockets.
+
+The front binds both in a private folder, and the engine connects. A frame is a msgpack list of messages
+(messages.py); never pickle. Used by rank.py; knows no HTTP, no text and no tensor.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from ds_serve.engine.loop import Closed
+from ds_serve.messages import EngineMessage, FrontMessage
+
+IDLE_POLL_MS = 1000
+
+
+class IpcPort:
+    """Both sockets of one engine process: Inbox.receive and deliver for the loop.
+
+    front.out carries the front's messages, front.in the engine's. The front is gone when its process is:
+    parent_pid is checked while the engine is idle.
+    """
+
+    def __init__(self, folder: str, parent_pid: int | None = None) -> None:
+        self._context = zmq.Context()
+        self._in = self._connect(zmq.PULL, Path(folder) / "front.out")
+        self._out = self._connect(zmq.PUSH, Path(folder) / "front.in")
+        self._parent_pid = parent_pid
+        self._decoder = msgspec.msgpack.Decoder(list[FrontMessage])
+        self._encoder = msgspec.msgpack.Encoder()
+
+    def _connect(self, kind: int, path: Path) -> zmq.Socket:
+        socket = self._context.socket(kind)
+        socket.set_hwm(0)
+        socket.connect(f"ipc://{path}")
+        return socket
+
+    def receive(self, wait: bool) -> list[FrontMessage]:
+        messages: list[FrontMessage] = []
+        timeout = IDLE_POLL_MS if wait else 0
+        while self._in.poll(timeout):
+            messages += self._decoder.decode(self._in.recv())
+            timeout = 0
+        if wait and not messages and self._parent_pid not in (None, os.getppid()):
+            raise Closed
+        return messages
+
+    def deliver(self, messages: list[EngineMessage]) -> None:
+        self._out.send(self._encoder.encode(messages))
+
+    def close(self) -> None:
+        """Send what is queued (for at most a second) and close."""
+        self._context.destroy(linger=1000)

@@ -1,0 +1,96 @@
+"""One request in the engine: its tokens, its block table and a few counters.
+
+Knows nothing of other sequences, of queues or of budgets; the scheduler owns and changes it.
+"""
+
+from __future__ import annotations
+
+from ds_serve.cache.manager import BlockTable
+from ds_serve.messages import FinishReason, Request
+
+
+class Sequence:
+    """Counters, all in tokens:
+
+        token_ids        prompt + confirmed output
+        num_pending      sampled by steps in flight, value not yet known here
+        num_scheduled    KV is written, or will be by the steps in flight
+        num_computed     KV is written, confirmed by a result
+
+        num_computed <= num_scheduled <= len(token_ids) + num_pending
+
+    There is no prefill and no decode phase: a sequence has a gap, and the scheduler closes it.
+    """
+
+    __slots__ = (
+        "arrival",
+        "draining",
+        "end_token_ids",
+        "finish_reason",
+        "first_scheduled_at",
+        "first_token_at",
+        "num_cached_tokens",
+        "num_computed",
+        "num_in_flight",
+        "num_pending",
+        "num_prompt_tokens",
+        "num_scheduled",
+        "queued_at",
+        "request",
+        "slot",
+        "table",
+        "token_ids",
+    )
+
+    def __init__(self, request: Request, table: BlockTable, arrival: int, now: float) -> None:
+        self.request = request
+        self.table = table
+        self.arrival = arrival
+        self.token_ids = list(request.prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.end_token_ids = request.params.end_token_ids
+        self.num_pending = 0
+        self.num_scheduled = 0
+        self.num_computed = 0
+        self.num_in_flight = 0
+        self.num_cached_tokens: int | None = None  # set once, at the first admission
+        self.slot: int | None = None  # holds a slot exactly while it holds blocks
+        self.draining = False  # chosen as a victim while in flight: preempted once it has landed
+        self.finish_reason: FinishReason | None = None
+        self.queued_at = now
+        self.first_scheduled_at = 0.0
+        self.first_token_at = 0.0
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Order among sequences: lower goes first, higher is preempted first."""
+        return (self.request.priority, self.arrival)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) + self.num_pending
+
+    @property
+    def num_output(self) -> int:
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def gap(self) -> int:
+        """Tokens whose KV is still to be computed; 0 once the last token asked for is being sampled."""
+        if self.num_output >= self.request.params.max_tokens:
+            return 0
+        return self.num_tokens - self.num_scheduled
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def times(self) -> tuple[float, float, float]:
+        return (self.queued_at, self.first_scheduled_at, self.first_token_at)
+
+    def reset(self) -> None:
+        """Back to nothing computed (its blocks are given back by the caller); tokens stay."""
+        self.num_scheduled = self.num_computed = 0
+        self.slot = None
+        self.draining = False
