@@ -1,0 +1,353 @@
+"""Chooses each row's next token from its logits, for a whole batch at once.
+
+Knows slots, logits and SamplingParams; knows no text, no blocks and no model. The worker of the
+last stage calls it: `admit` when a sequence takes a slot, `sample` once a step, `append` after it.
+
+The order is transformers' own (GenerationMixin._get_logits_processor): logit bias, repetition
+penalty, end tokens masked before min_tokens, temperature, top-k, top-p, min-p. Presence and
+frequency penalties, which transformers has not, follow the repetition penalty, by OpenAI's formula.
+Log-probabilities are of the raw logits, before all of these.
+
+The arithmetic of a draw is in draw.py: a row's token depends on nothing but its seed, its position
+and its logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ds_serve.messages import SamplingParams, TokenLogprob
+from ds_serve.worker.draw import (
+    NUCLEUS_CANDIDATES,
+    WEIGHT_ONE,
+    Filter,
+    argmax,
+    least_kept,
+    pick,
+    uniforms,
+    weigh,
+)
+
+MIN_TEMPERATURE = 1e-30  # below it float32 would divide by zero; by then the draw is greedy anyway
+MAX_PLANS = 32
+
+
+class NonFiniteLogits(RuntimeError):
+    """A row's largest logit is NaN or infinite: there is no distribution to draw from.
+
+    rows are indices into the batch that was sampled.
+    """
+
+    def __init__(self, rows: list[int]):
+        super().__init__(
+            f"logits of rows {rows} are NaN, or their largest is infinite: nothing can be sampled"
+        )
+        self.rows = rows
+
+
+@dataclass(frozen=True)
+class SampleOutput:
+    """One sampled token a row, on the logits' device; to_host waits for it.
+
+    token_ids int64 [R] (0 where a row is not valid), valid bool [R]. Of the L rows that asked for
+    log-probabilities: logprob_rows gives (row, number of alternatives), chosen float [L],
+    top_ids int64 and top_logprobs float [L, N] with N the largest number asked for.
+    """
+
+    token_ids: torch.Tensor
+    valid: torch.Tensor
+    logprob_rows: tuple[tuple[int, int], ...] = ()
+    chosen: torch.Tensor | None = None
+    top_ids: torch.Tensor | None = None
+    top_logprobs: torch.Tensor | None = None
+
+    def to_host(self) -> tuple[list[int], list[TokenLogprob | None]]:
+        """Token ids, and beside them log-probabilities (an empty list where no row asked for any).
+
+        Raises NonFiniteLogits when a row is not valid.
+        """
+        if not self.valid.all():
+            raise NonFiniteLogits((~self.valid).nonzero().flatten().tolist())
+        token_ids = self.token_ids.tolist()
+        if not self.logprob_rows:
+            return token_ids, []
+        logprobs: list[TokenLogprob | None] = [None] * len(token_ids)
+        columns = zip(self.chosen.tolist(), self.top_ids.tolist(), self.top_logprobs.tolist(), strict=True)
+        for (row, count), (chosen, ids, values) in zip(self.logprob_rows, columns, strict=True):
+            logprobs[row] = TokenLogprob(logprob=chosen, top_ids=ids[:count], top_logprobs=values[:count])
+        return token_ids, logprobs
+
+
+@dataclass(frozen=True)
+class _Slot:
+    params: SamplingParams
+    num_prompt_tokens: int
+    table_row: int | None  # row of the penalty tables, for a slot that has a penalty
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What sampling a list of slots needs besides the logits; derived once while the list stays the same.
+
+    Row indices count the batch's rows, but for `filtered`, which counts the random ones.
+    None stands for "no row wants it".
+    """
+
+    bias: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None  # rows, ids, values, one entry a bias
+    penalty: tuple[torch.Tensor, ...] | None  # rows, table rows, then repetition, presence, frequency [P, 1]
+    ends: tuple[np.ndarray, np.ndarray, np.ndarray] | None  # rows, ids, first position where allowed
+    random: torch.Tensor | None
+    random_rows: np.ndarray  # the same on the host
+    seeds: np.ndarray  # uint64, one a random row
+    temperature: torch.Tensor | None  # [random, 1]
+    min_weight: torch.Tensor | None  # min_p as a weight, [random, 1]
+    filtered: torch.Tensor | None
+    filter: Filter | None
+    logprob_rows: tuple[tuple[int, int], ...]
+    logprob_index: torch.Tensor | None
+
+    @property
+    def edits_logits(self) -> bool:
+        return self.bias is not None or self.penalty is not None or self.ends is not None
+
+
+class Sampler:
+    """Sampling state of `max_slots` slots, and the vectorised step over any list of them.
+
+    Logits may be wider than `vocab_size` (a vocabulary padded for sharding): the rest is cut.
+    Raises ValueError naming the parameter where a slot or a biased token id does not exist.
+    """
+
+    def __init__(self, max_slots: int, vocab_size: int, device: torch.device | str = "cpu"):
+        self.max_slots = max_slots
+        self.vocab_size = vocab_size
+        self.device = torch.device(device)
+        self._slots: dict[int, _Slot] = {}
+        self._plans: dict[tuple[int, ...], _Plan] = {}
+        self._free_table_rows: list[int] = []
+        self._counts = torch.zeros(0, vocab_size, dtype=torch.int32, device=self.device)  # of output tokens
+        self._seen = torch.zeros(0, vocab_size, dtype=torch.bool, device=self.device)  # in prompt or output
+
+    # -- slots ---------------------------------------------------------------------------------
+
+    def admit(self, slot: int, params: SamplingParams, token_ids: list[int], num_prompt_tokens: int) -> None:
+        """A sequence takes a slot, replacing what it held. token_ids are its prompt and output so far.
+
+        Penalties count output from num_prompt_tokens on, so a preempted sequence may come back.
+        """
+        if not 0 <= slot < self.max_slots:
+            raise ValueError(f"slot: must be in [0, {self.max_slots}), got {slot}")
+        if not 0 <= num_prompt_tokens <= len(token_ids):
+            raise ValueError(
+                f"num_prompt_tokens: must be in [0, {len(token_ids)}] (token_ids), got {num_prompt_tokens}"
+            )
+        outside = [token for token in params.logit_bias if token >= self.vocab_size]
+        if outside:
+            raise ValueError(
+                f"logit_bias: token ids {outside} are outside the vocabulary of {self.vocab_size}"
+            )
+        self.release(slot)
+        table_row = None
+        if params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty:
+            table_row = self._take_table_row(token_ids, num_prompt_tokens)
+        self._slots[slot] = _Slot(params, num_prompt_tokens, table_row)
+
+    def release(self, slot: int) -> None:
+        """Forgets a slot. admit does so by itself; calling this earlier frees the penalty tables' row."""
+        old = self._slots.pop(slot, None)
+        if old is not None and old.table_row is not None:
+            self._free_table_rows.append(old.table_row)
+        self._plans.clear()
+
+    def append(self, slots: list[int], token_ids: torch.Tensor | list[int]) -> None:
+        """Counts one output token a slot, where a penalty will ask for it."""
+        plan = self._plan(slots)
+        if plan.penalty is None:
+            return
+        rows, table_rows = plan.penalty[:2]
+        tokens = torch.as_tensor(token_ids, dtype=torch.long, device=self.device)[rows]
+        self._counts[table_rows, tokens] += 1
+        self._seen[table_rows, tokens] = True
+
+    def _take_table_row(self, token_ids: list[int], num_prompt_tokens: int) -> int:
+        if not self._free_table_rows:
+            size = len(self._counts)
+            grown = min(max(2 * size, 4), self.max_slots)
+            more = (grown - size, self.vocab_size)
+            self._counts = torch.cat([self._counts, self._counts.new_zeros(more)])
+            self._seen = torch.cat([self._seen, self._seen.new_zeros(more)])
+            self._free_table_rows = list(range(grown - 1, size - 1, -1))
+        row = self._free_table_rows.pop()
+        tokens = np.asarray(token_ids, dtype=np.int64)
+        outside = tokens[(tokens < 0) | (tokens >= self.vocab_size)]
+        if len(outside):
+            self._free_table_rows.append(row)
+            raise ValueError(
+                f"token_ids: {outside[:8].tolist()} are outside the vocabulary of {self.vocab_size}"
+            )
+        counts = np.bincount(tokens[num_prompt_tokens:], minlength=self.vocab_size)
+        self._counts[row] = torch.from_numpy(counts).to(self.device)
+        seen = np.zeros(self.vocab_size, dtype=bool)
+        seen[tokens] = True
+        self._seen[row] = torch.from_numpy(seen).to(self.device)
+        return row
+
+    # -- the step ------------------------------------------------------------------------------
+
+    def sample(self, logits: torch.Tensor, slots: list[int], positions: list[int]) -> SampleOutput:
+        """One token a row. logits [R, V >= vocab_size] of any float type, left as they are.
+
+        positions[i] is the index in its sequence of the token to be drawn: the number before it.
+        """
+        if logits.dim() != 2 or logits.shape[0] != len(slots) or logits.shape[1] < self.vocab_size:
+            raise ValueError(
+                f"logits: must be [{len(slots)}, at least {self.vocab_size}], got {list(logits.shape)}"
+            )
+        if len(positions) != len(slots):
+            raise ValueError(f"positions: must be {len(slots)}, one a slot, got {len(positions)}")
+        plan = self._plan(slots)
+        at = np.asarray(positions, dtype=np.int64)
+        raw = logits[:, : self.vocab_size].float()
+        scores = self._edit(raw, plan, at) if plan.edits_logits else raw
+        tokens, valid = argmax(scores)
+        if plan.random is not None:
+            drawn = self._draw(scores[plan.random], plan, at)
+            tokens = tokens.index_copy(0, plan.random, drawn)
+        tokens = torch.where(valid, tokens, 0)
+        if not plan.logprob_rows:
+            return SampleOutput(tokens, valid)
+        logprobs = raw[plan.logprob_index].log_softmax(-1)
+        chosen = logprobs.gather(1, tokens[plan.logprob_index, None]).squeeze(1)
+        top = logprobs.topk(min(max(n for _, n in plan.logprob_rows), self.vocab_size))
+        return SampleOutput(tokens, valid, plan.logprob_rows, chosen, top.indices, top.values)
+
+    def _edit(self, raw: torch.Tensor, plan: _Plan, positions: np.ndarray) -> torch.Tensor:
+        """Scores after bias, penalties and masked end tokens, [R, V]; raw itself where none applies now."""
+        scores = raw
+        if plan.bias is not None:
+            rows, ids, values = plan.bias
+            scores = scores.index_put((rows, ids), values, accumulate=True)
+        if plan.penalty is not None:
+            rows, table_rows, repetition, presence, frequency = plan.penalty
+            part, counts = scores[rows], self._counts[table_rows]
+            repeated = torch.where(part < 0, part * repetition, part / repetition)
+            part = torch.where(self._seen[table_rows], repeated, part)
+            part = part - frequency * counts - presence * (counts > 0)
+            scores = scores.index_copy(0, rows, part)
+        if plan.ends is not None:
+            rows, ids, allowed_from = plan.ends
+            early = positions[rows] < allowed_from
+            if early.any():
+                index = (self._index(rows[early]), self._index(ids[early]))
+                scores = scores.index_put(index, scores.new_tensor(-torch.inf))
+        return scores
+
+    def _draw(self, scores: torch.Tensor, plan: _Plan, positions: np.ndarray) -> torch.Tensor:
+        """Token ids int64 [R] of the random rows' scores [R, V], which are overwritten."""
+        uniform = uniforms(plan.seeds, positions[plan.random_rows])
+        return pick(_survivors(scores, plan), torch.from_numpy(uniform).to(self.device))
+
+    # -- what a list of slots asks for ---------------------------------------------------------
+
+    def _plan(self, slots: list[int]) -> _Plan:
+        key = tuple(slots)
+        plan = self._plans.get(key)
+        if plan is None:
+            unknown = [slot for slot in key if slot not in self._slots]
+            if unknown:
+                raise ValueError(f"slots: {unknown} hold no sequence")
+            if len(set(key)) != len(key):
+                raise ValueError(f"slots: {list(key)} names one twice")
+            if len(self._plans) >= MAX_PLANS:
+                self._plans.clear()
+            plan = self._plans[key] = self._make_plan([self._slots[slot] for slot in key])
+        return plan
+
+    def _make_plan(self, batch: list[_Slot]) -> _Plan:
+        params = [slot.params for slot in batch]
+        random = [row for row, p in enumerate(params) if not p.greedy]
+        drawn = [params[row] for row in random]
+        filtered = [row for row, p in enumerate(drawn) if 0 < p.top_k < self.vocab_size or p.top_p < 1.0]
+        logprob_rows = tuple((row, p.logprobs) for row, p in enumerate(params) if p.logprobs is not None)
+        return _Plan(
+            bias=self._plan_bias(params),
+            penalty=self._plan_penalty(batch),
+            ends=self._plan_ends(batch),
+            random=self._index(random) if random else None,
+            random_rows=np.asarray(random, dtype=np.int64),
+            seeds=np.asarray([p.seed for p in drawn], dtype=np.int64).view(np.uint64),
+            temperature=self._column([max(p.temperature, MIN_TEMPERATURE) for p in drawn])
+            if random
+            else None,
+            min_weight=(
+                self._column([p.min_p * WEIGHT_ONE for p in drawn])
+                if any(p.min_p > 0 for p in drawn)
+                else None
+            ),
+            filtered=self._index(filtered) if filtered else None,
+            filter=self._plan_filter([drawn[row] for row in filtered]) if filtered else None,
+            logprob_rows=logprob_rows,
+            logprob_index=self._index([row for row, _ in logprob_rows]),
+        )
+
+    def _plan_filter(self, params: list[SamplingParams]) -> Filter:
+        top_k = [min(p.top_k, self.vocab_size) or self.vocab_size for p in params]
+        nucleus_only = [k == self.vocab_size for k in top_k]
+        bounds = [NUCLEUS_CANDIDATES if k == self.vocab_size else k for k in top_k]
+        return Filter(
+            top_k=self._index(top_k)[:, None],
+            top_p=self._column([p.top_p if p.top_p < 1.0 else np.inf for p in params], torch.float64),
+            num_candidates=min(max(bounds), self.vocab_size),
+            nucleus_only=torch.tensor(nucleus_only, device=self.device)[:, None]
+            if any(nucleus_only)
+            else None,
+        )
+
+    def _plan_bias(self, params: list[SamplingParams]) -> tuple[torch.Tensor, ...] | None:
+        entries = [(row, *item) for row, p in enumerate(params) for item in p.logit_bias.items()]
+        if not entries:
+            return None
+        rows, ids, values = zip(*entries, strict=True)
+        return self._index(rows), self._index(ids), self._column(values).squeeze(1)
+
+    def _plan_penalty(self, batch: list[_Slot]) -> tuple[torch.Tensor, ...] | None:
+        rows = [row for row, slot in enumerate(batch) if slot.table_row is not None]
+        if not rows:
+            return None
+        names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+        columns = [self._column([getattr(batch[row].params, name) for row in rows]) for name in names]
+        return self._index(rows), self._index([batch[row].table_row for row in rows]), *columns
+
+    def _plan_ends(self, batch: list[_Slot]) -> tuple[np.ndarray, ...] | None:
+        # An end token outside the vocabulary cannot be sampled, and so needs no mask.
+        entries = [
+            (row, token, slot.num_prompt_tokens + slot.params.min_tokens)
+            for row, slot in enumerate(batch)
+            if slot.params.min_tokens > 0
+            for token in slot.params.end_token_ids
+            if 0 <= token < self.vocab_size
+        ]
+        return tuple(np.asarray(entries, dtype=np.int64).T) if entries else None
+
+    def _index(self, values) -> torch.Tensor:
+        return torch.as_tensor(np.asarray(values, dtype=np.int64), device=self.device)
+
+    def _column(self, values, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=self.device)[:, None]
+
+
+def _survivors(scores: torch.Tensor, plan: _Plan) -> torch.Tensor:
+    """int64 weights [R, V] of the random rows' scores (overwritten), 0 where a filter drops a token."""
+    distance = scores.sub_(scores.amax(-1, keepdim=True)).div_(plan.temperature)
+    weights = weigh(distance)
+    if plan.filter is not None:
+        part = slice(None) if len(plan.filtered) == len(distance) else plan.filtered
+        least = torch.full_like(plan.temperature, -torch.inf)
+        least[part] = least_kept(distance[part], weights[part], plan.filter)
+        weights.mul_(distance >= least)
+    if plan.min_weight is not None:
+        weights.mul_(weights >= plan.min_weight)
+    return weights
