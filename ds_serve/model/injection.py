@@ -1,0 +1,306 @@
+"""Kernel injection on CPU: swaps known bf16 modules for fused ones with packed weights, each checked first.
+
+inject() is called by the loader after deepspeed.init_inference and after attention's install(). It knows
+Llama, Mistral, Qwen2 and Qwen3 as transformers writes them; a module that differs in any way (class,
+activation, sizes, hooks, dtype, a sharded or quantized linear) stays as it is, and the report says why.
+Each replacement is compared with its original on random input before the original is dropped, one
+module at a time, so that memory grows by one module at most. The ops themselves are fused_cpu.py's.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ds_serve.attention.backends import Backend
+from ds_serve.attention.builder import load_ops
+from ds_serve.attention.context import AttentionBatch, use_batch
+from ds_serve.attention.interface import NAME
+from ds_serve.attention.layout import KVLayout, LayerKV
+from ds_serve.model.fused_cpu import FusedDecoderLayer, FusedRMSNorm, PackedEmbedding, PackedLinear
+
+# transformers.models.<family>.modeling_<family>.<Prefix>DecoderLayer and so on
+FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+
+# Largest accepted ||fused - original|| / ||original - input||, norms over the probe's tokens. Sums in
+# another order flip last bits of bf16 (2^-9): what is seen is 0.002 to 0.006; a wrong weight gives over 0.05.
+MAX_RELATIVE_ERROR = 0.02
+
+_PROBE_LENGTHS = (3, 14)  # two sequences; with 17 tokens a product has more than one tile of rows
+
+
+class _Mismatch(Exception):
+    """A module is not exactly what a fused one replaces; the message is the reason reported."""
+
+
+@dataclass
+class InjectionReport:
+    """What inject() did. Modules are decoder layers, the final norm, and the head with its tied embedding.
+
+    reasons counts the kept modules by reason; max_error is the largest relative error of those injected.
+    """
+
+    injected: int = 0
+    kept: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    max_error: float = 0.0
+
+    def keep(self, reason: str, modules: int = 1) -> None:
+        self.kept += modules
+        self.reasons[reason] = self.reasons.get(reason, 0) + modules
+
+
+@torch.no_grad()
+def inject(model: nn.Module, backend: Backend, mode: Literal["auto", "off"] = "auto") -> InjectionReport:
+    """Replaces in place what modules of model (or of the DeepSpeed engine around it) it can.
+
+    Attention must be installed already, with the same backend. ValueError for another mode; a module
+    whose replacement computes something else is kept, with a RuntimeWarning.
+    """
+    if mode not in ("auto", "off"):
+        raise ValueError(f"mode: must be 'auto' or 'off', got {mode!r}")
+    model = getattr(model, "module", model)
+    report = InjectionReport()
+    sites = list(_sites(model, backend))
+    reason = "mode is off" if mode == "off" else _unavailable(model)
+    if reason is None and not sites:
+        reason = f"{type(model).__name__} is of no known family"
+    if reason is not None:
+        report.keep(reason, len(sites) or sum(1 for _ in _decoder_layers(model)))
+        return report
+    for swap in sites:
+        try:
+            report.max_error = max(report.max_error, swap())
+            report.injected += 1
+        except _Mismatch as mismatch:
+            report.keep(str(mismatch))
+    return report
+
+
+def _unavailable(model: nn.Module) -> str | None:
+    tensors = Counter((p.device.type, p.dtype) for p in model.parameters())
+    if not tensors:
+        return "the model has no parameters"
+    (device, dtype), _ = tensors.most_common(1)[0]
+    if device != "cpu" or dtype != torch.bfloat16:
+        return f"the model is {dtype} on {device}, fused kernels are bfloat16 on CPU"
+    if load_ops() is None:
+        return "the C++ ops could not be built"
+    if not torch.ops.ds_serve.has_avx512_bf16():
+        return "the CPU has no AVX512-BF16"
+    return None
+
+
+def _family(model: nn.Module) -> tuple[str, str] | None:
+    """(module path, class prefix) of a known causal language model, else None."""
+    for name, prefix in FAMILIES.items():
+        path = f"transformers.models.{name}.modeling_{name}"
+        if any(c.__module__ == path and c.__name__ == f"{prefix}ForCausalLM" for c in type(model).__mro__):
+            return path, prefix
+    return None
+
+
+def _decoder_layers(model: nn.Module) -> Iterator[tuple[nn.ModuleList, int]]:
+    layers = getattr(getattr(model, "base_model", None), "layers", None)
+    if isinstance(layers, nn.ModuleList):
+        for index in range(len(layers)):
+            yield layers, index
+
+
+def _sites(model: nn.Module, backend: Backend) -> Iterator[Callable[[], float]]:
+    """One call for each module of a known model that may be replaced: returns its error or raises _Mismatch."""
+    family = _family(model)
+    if family is None:
+        return
+    for layers, index in _decoder_layers(model):
+        yield lambda layers=layers, index=index: _swap_layer(model, family, layers, index, backend)
+    if hasattr(model.base_model, "norm"):
+        yield lambda: _swap_norm(model, family)
+    if model.get_output_embeddings() is not None:
+        yield lambda: _swap_head(model)
+
+
+# ---- one kind of module each ----
+
+
+def _swap_layer(
+    model: nn.Module, family: tuple[str, str], layers: nn.ModuleList, index: int, backend: Backend
+) -> float:
+    layer = layers[index]
+    _check_layer(layer, family)
+    attention = layer.self_attn
+    window = getattr(attention, "sliding_window", None)
+    if family[1] == "Mistral":
+        window = getattr(attention.config, "sliding_window", None)
+    fused = FusedDecoderLayer(layer, backend, window).eval()
+    x, positions, batch = _probe_input(attention, model.config.hidden_size)
+    rotary = model.base_model.rotary_emb(x, positions)
+    run = {
+        "attention_mask": None,
+        "position_ids": positions,
+        "use_cache": False,
+        "position_embeddings": rotary,
+    }
+    with use_batch(batch):
+        wanted, got = layer(x, **run), fused(x, **run)
+    error = _accept(f"{type(layer).__name__} {attention.layer_idx}", got - x, wanted - x)
+    layers[index] = fused
+    return error
+
+
+def _swap_norm(model: nn.Module, family: tuple[str, str]) -> float:
+    norm = model.base_model.norm
+    _check_norm(norm, family)
+    fused = FusedRMSNorm(norm)
+    x = _random(17, norm.weight.shape[0])
+    error = _accept("final norm", fused(x), norm(x))
+    model.base_model.norm = fused
+    return error
+
+
+def _swap_head(model: nn.Module) -> float:
+    """The head, and an embedding tied to it, which then reads the head's packed rows: no second copy."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    _check_linear(head)
+    tied = getattr(embedding, "weight", None) is head.weight
+    if tied and type(embedding) is not nn.Embedding:
+        raise _Mismatch(f"head tied to {type(embedding).__name__}")
+    if tied and embedding.max_norm is not None:
+        raise _Mismatch("embedding with max_norm")
+    if tied:
+        _check_hooks(embedding)
+    packed = PackedLinear(head)
+    x = _random(17, head.in_features)
+    error = _accept("head", packed(x), head(x))
+    if tied:
+        fused = PackedEmbedding(packed)
+        ids = torch.linspace(0, head.out_features - 1, 67).long()
+        _accept("tied embedding", fused(ids), embedding(ids))
+        model.set_input_embeddings(fused)
+    model.set_output_embeddings(packed)
+    return error
+
+
+# ---- is it exactly what the fused module replaces? ----
+
+
+def _check_layer(layer: nn.Module, family: tuple[str, str]) -> None:
+    path, prefix = family
+    _check_class(layer, path, f"{prefix}DecoderLayer")
+    _check_class(layer.self_attn, path, f"{prefix}Attention")
+    _check_class(layer.mlp, path, f"{prefix}MLP")
+    known = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+    known |= {f"self_attn.{n}" for n in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")}
+    known |= {f"mlp.{n}" for n in ("gate_proj", "up_proj", "down_proj", "act_fn")}
+    for name, module in layer.named_modules():
+        _check_hooks(module)
+        if name and name not in known and any(True for _ in module.parameters()):
+            raise _Mismatch(f"unknown submodule {name}")
+        if isinstance(module, nn.Linear) or name.endswith("_proj"):
+            _check_linear(module)
+        elif name.endswith("norm"):
+            _check_norm(module, family)
+    if layer.training:
+        raise _Mismatch("in training mode")
+    _check_attention(layer.self_attn)
+    _check_mlp(layer.mlp)
+
+
+def _check_attention(attention: nn.Module) -> None:
+    if attention.config._attn_implementation != NAME:
+        raise _Mismatch(f"attention is {attention.config._attn_implementation!r}, not {NAME!r}")
+    d, q, k, v, o = (getattr(attention, n) for n in ("head_dim", "q_proj", "k_proj", "v_proj", "o_proj"))
+    if d % 32 or q.in_features % 2:
+        raise _Mismatch(f"head_dim {d} is not a multiple of 32 or hidden size {q.in_features} is odd")
+    heads, kv_heads = q.out_features // d, k.out_features // d
+    whole = q.out_features == heads * d == o.in_features and k.out_features == kv_heads * d == v.out_features
+    if not whole or kv_heads == 0 or heads % kv_heads:
+        raise _Mismatch(f"attention of {q.out_features} q, {k.out_features} k and {v.out_features} v columns")
+
+
+def _check_mlp(mlp: nn.Module) -> None:
+    if type(mlp.act_fn).__name__ not in ("SiLUActivation", "SiLU"):
+        raise _Mismatch(f"activation {type(mlp.act_fn).__name__}")
+    inner, gate, up = mlp.down_proj.in_features, mlp.gate_proj.out_features, mlp.up_proj.out_features
+    if not inner == gate == up:
+        raise _Mismatch(f"MLP of {gate} gate, {up} up and {inner} down columns")
+
+
+def _check_class(module: nn.Module, path: str, name: str) -> None:
+    found = type(module)
+    if (found.__module__, found.__name__) != (path, name):
+        raise _Mismatch(f"unknown class {found.__name__}")
+
+
+def _check_linear(module: nn.Module) -> None:
+    if type(module) is not nn.Linear:
+        raise _Mismatch(f"linear of class {type(module).__name__}")
+    _check_hooks(module)
+    _check_tensors(module)
+
+
+def _check_norm(module: nn.Module, family: tuple[str, str]) -> None:
+    _check_class(module, family[0], f"{family[1]}RMSNorm")
+    _check_hooks(module)
+    _check_tensors(module)
+
+
+def _check_tensors(module: nn.Module) -> None:
+    for p in module.parameters():
+        if p.dtype != torch.bfloat16 or p.device.type != "cpu":
+            raise _Mismatch(f"{p.dtype} on {p.device.type}")
+
+
+def _check_hooks(module: nn.Module) -> None:
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+        raise _Mismatch(f"{type(module).__name__} has hooks")
+
+
+# ---- the comparison ----
+
+
+def _random(*shape: int) -> torch.Tensor:
+    """bf16 normal numbers, the same at every call and rank, small so that a residual hides no error."""
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(*shape, generator=generator) / 64).bfloat16()
+
+
+def _probe_input(attention: nn.Module, hidden: int) -> tuple[torch.Tensor, torch.Tensor, AttentionBatch]:
+    """Hidden states [1, T, hidden], positions [1, T] and a batch of two fresh sequences, a block each."""
+    kv = LayerKV(attention.k_proj.out_features // attention.head_dim, attention.head_dim, attention.head_dim)
+    layout = KVLayout((kv,), first_layer=attention.layer_idx)
+    slots = torch.cat([torch.arange(n) + i * layout.block_size for i, n in enumerate(_PROBE_LENGTHS)])
+    positions = slots % layout.block_size
+    ends = torch.tensor(_PROBE_LENGTHS, dtype=torch.int32)
+    batch = AttentionBatch(
+        slab=layout.allocate(len(_PROBE_LENGTHS), "cpu"),
+        layout=layout,
+        slot_mapping=slots,
+        query_start=nn.functional.pad(ends.cumsum(0), (1, 0)).int(),
+        context_len=ends,
+        block_tables=torch.arange(len(_PROBE_LENGTHS), dtype=torch.int32)[:, None].contiguous(),
+        positions=positions,
+        max_query_len=max(_PROBE_LENGTHS),
+        num_tokens=len(slots),
+    )
+    return _random(1, len(slots), hidden), positions[None], batch
+
+
+def _accept(what: str, got: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The relative error of got, or _Mismatch with a warning if it is above MAX_RELATIVE_ERROR."""
+    error = float((got.float() - wanted.float()).norm() / wanted.float().norm().clamp_min(1e-30))
+    if not error <= MAX_RELATIVE_ERROR:  # not a number is refused too
+        warnings.warn(
+            f"{what}: the fused module's relative error is {error:.3g}, above {MAX_RELATIVE_ERROR}; "
+            "the original stays",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        raise _Mismatch("result differs from the original's")
+    return error
