@@ -1,0 +1,42 @@
+# `make run` serves the demo model, `make test` passes every test; both install what they need into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/pip --disable-pip-version-check
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: install run test unit lint format clean
+
+install: $(STAMP)
+
+# torch first: another package's looser requirement would bring a different build of it. DeepSpeed is a source
+# distribution whose build imports torch, so it is built in this environment.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt pip setuptools wheel
+	$(PIP) install -q -c constraints.txt torch numpy ninja packaging py-cpuinfo
+	DS_BUILD_OPS=0 $(PIP) install -q -c constraints.txt --no-build-isolation deepspeed
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[test]'
+	touch $@
+
+run: install
+	ds-serve serve demo
+
+test: install lint
+	python -m pytest tests
+
+unit: install
+	python -m pytest tests/unit
+
+lint: install
+	ruff check
+	ruff format --check
+	lint-imports
+
+format: install
+	ruff check --fix
+	ruff format
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,0 +1,165 @@
+"""Loads a Hugging Face causal LM directory for serving, through deepspeed.init_inference.
+
+The module is transformers' own: it is built on the meta device, each tensor is read once from safetensors
+(memory-mapped), its attention becomes ds_paged, and known layers are swapped for fused ones. Knows no
+request, no batch and no KV pool. Called by the worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import deepspeed
+import torch
+import transformers
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from ds_serve.attention.backends import Backend, select_backend
+from ds_serve.attention.interface import UnsupportedModelError, install, probe_layers
+from ds_serve.attention.layout import KVLayout
+from ds_serve.config import Settings
+from ds_serve.model.injection import InjectionReport, inject
+from ds_serve.model.parity import verify_paged
+from ds_serve.model.rope import settle_rope
+
+logger = logging.getLogger(__name__)
+
+
+class ModelLoadError(ValueError):
+    """The directory cannot be served; the message says why and what would help."""
+
+
+@dataclass
+class LoadedModel:
+    """What a worker needs of a model. module maps packed token rows to logits."""
+
+    module: nn.Module
+    config: PreTrainedConfig
+    layout: KVLayout
+    backend: Backend
+    injection: InjectionReport
+    device: torch.device
+    dtype: torch.dtype
+    max_model_len: int
+    vocab_size: int
+
+
+def load(settings: Settings) -> LoadedModel:
+    """Raises ModelLoadError for a bad directory or setting, UnsupportedModelError for a model that
+    paged attention cannot serve."""
+    config = _read_config(settings)
+    device = _device(settings)
+    max_model_len = _max_model_len(config.get_text_config(decoder=True), settings.max_model_len)
+    module = _shard(_read_weights(settings, config), settings)
+    dtype = module.dtype
+    settle_rope(module, max_model_len)
+    backend = select_backend(device, dtype, settings.block_size, settings.attention)
+    verify_paged(module, lambda: install(module, backend), _layout_of(settings, dtype), backend)
+    layout = _layout_of(settings, dtype)(module)
+    report = inject(module, backend, settings.injection)
+    logger.info(
+        "%s: %s, %s on %s, attention %s, %d layers fused, %d as they are",
+        settings.name, type(module).__name__, str(dtype).removeprefix("torch."), device, backend.name,
+        report.injected, report.kept,
+    )  # fmt: skip
+    return LoadedModel(
+        module=module,
+        config=config,
+        layout=layout,
+        backend=backend,
+        injection=report,
+        device=device,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        vocab_size=config.get_text_config(decoder=True).vocab_size,
+    )
+
+
+def _read_config(settings: Settings) -> PreTrainedConfig:
+    folder = Path(settings.model)
+    if not (folder / "config.json").is_file():
+        raise ModelLoadError(f"{settings.model}: no directory with a config.json (models are not downloaded)")
+    if not any(folder.glob("*.safetensors")):
+        raise ModelLoadError(f"{settings.model}: no *.safetensors; other weight formats are not read")
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=settings.trust_remote_code, local_files_only=True
+        )
+    except (ValueError, OSError) as error:
+        raise ModelLoadError(f"{settings.model}: {error}") from error
+    if config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{settings.model}: {config.model_type} is an encoder-decoder")
+    return config
+
+
+def _read_weights(settings: Settings, config: PreTrainedConfig) -> nn.Module:
+    """transformers builds on meta and fills each parameter by one read of its tensor."""
+    dtype = "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    with _quiet_transformers():
+        try:
+            module, loading = AutoModelForCausalLM.from_pretrained(
+                settings.model,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=settings.trust_remote_code,
+                attn_implementation="eager",
+                output_loading_info=True,
+            )
+        except (ValueError, OSError, KeyError) as error:
+            raise ModelLoadError(f"{settings.model}: {error}") from error
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise ModelLoadError(f"{settings.model}: the checkpoint lacks {len(missing)} tensors: {missing[:5]}")
+    return module.eval().requires_grad_(False)
+
+
+def _shard(module: nn.Module, settings: Settings) -> nn.Module:
+    """This rank's part of module, by DeepSpeed. One rank: all of it, on the accelerator's device."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine = deepspeed.init_inference(
+            module, tensor_parallel={"tp_size": 1}, dtype=module.dtype, replace_with_kernel_inject=False
+        )
+    return engine.module
+
+
+def _layout_of(settings: Settings, dtype: torch.dtype):
+    def layout(module: nn.Module) -> KVLayout:
+        return KVLayout(tuple(probe_layers(module)), settings.block_size, dtype)
+
+    return layout
+
+
+def _device(settings: Settings) -> torch.device:
+    found = get_accelerator().device_name()
+    if settings.device not in ("auto", found):
+        raise ModelLoadError(
+            f"device {settings.device} was asked for, but DeepSpeed's accelerator is {found}"
+        )
+    return torch.device(get_accelerator().current_device_name())
+
+
+def _max_model_len(config: PreTrainedConfig, wanted: int | None) -> int:
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    if limit is None and wanted is None:
+        raise ModelLoadError("the model states no longest length: give max_model_len")
+    if wanted is not None and limit is not None and wanted > limit:
+        raise ModelLoadError(f"max_model_len is {wanted}, but the model has {limit} positions")
+    return wanted or limit
+
+
+@contextlib.contextmanager
+def _quiet_transformers():
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)

@@ -1,0 +1,78 @@
+"""A probe at load: does the paged model give the logits that the plain one gives?
+
+Some models keep state that no flag tells of (recurrence, convolution), or hide a window in their mask. A dozen
+tokens, once through transformers' eager attention and once paged in two chunks, show it before anyone is
+served. Called by the loader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from ds_serve.attention.backends import Backend
+from ds_serve.attention.context import AttentionBatch, use_batch
+from ds_serve.attention.interface import UnsupportedModelError
+from ds_serve.attention.layout import KVLayout
+
+# Largest difference of a logit over the largest logit. Rounding in bf16 reaches 0.03 on tiny random models.
+TOLERANCE = {torch.float32: 1e-3}
+TOLERANCE_HALF = 0.1
+
+
+def verify_paged(
+    module: nn.Module,
+    install_paged: Callable[[], None],
+    layout_of: Callable[[nn.Module], KVLayout],
+    backend: Backend,
+    num_tokens: int = 13,
+) -> None:
+    """Installs paged attention and compares. module must still have its own attention.
+
+    Raises UnsupportedModelError with the difference where the two are not the same model.
+    """
+    device = module.get_input_embeddings().weight.device
+    vocab = module.config.get_text_config(decoder=True).vocab_size
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocab, (1, num_tokens), generator=generator).to(device)
+    with torch.inference_mode():
+        wanted = module(input_ids=ids, use_cache=False).logits[0].float()
+        install_paged()
+        layout = layout_of(module)
+        blocks = -(-num_tokens // layout.block_size)
+        slab = layout.allocate(blocks + 1, device)
+        cut = num_tokens // 2
+        parts = [
+            _chunk(module, ids, layout, slab, start, end) for start, end in ((0, cut), (cut, num_tokens))
+        ]
+    found = torch.cat(parts)[:, : wanted.shape[-1]]
+    difference = ((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6)).item()
+    bound = TOLERANCE.get(module.dtype, TOLERANCE_HALF)
+    if not difference <= bound:  # NaN is a failure too
+        raise UnsupportedModelError(
+            f"{type(module).__name__}: logits by paged attention ({backend.name}) differ from transformers' "
+            f"by {difference:.2g} of the largest, above {bound:g}: the model keeps state that is not paged"
+        )
+
+
+def _chunk(module, ids, layout: KVLayout, slab: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """Logits [end - start, V] of one sequence's positions start .. end - 1, in blocks from 1 on."""
+    device = ids.device
+    positions = torch.arange(start, end, device=device)
+    blocks = -(-end // layout.block_size)
+    batch = AttentionBatch(
+        slab=slab,
+        layout=layout,
+        slot_mapping=positions + layout.block_size,
+        query_start=torch.tensor([0, end - start], dtype=torch.int32, device=device),
+        context_len=torch.tensor([end], dtype=torch.int32, device=device),
+        block_tables=torch.arange(1, blocks + 1, dtype=torch.int32, device=device)[None],
+        positions=positions,
+        max_query_len=end - start,
+        num_tokens=end - start,
+    )
+    with use_batch(batch):
+        out = module(input_ids=ids[:, start:end], position_ids=positions[None], use_cache=False)
+    return out.logits[0].float()

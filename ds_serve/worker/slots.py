@@ -1,0 +1,102 @@
+"""What a rank remembers of its sequences, and how a plan's rows become a ragged batch.
+
+Each slot holds a sequence's tokens and block table, on the host, as rows of two numpy arrays; a plan brings
+differences only. Knows no model and no sampling. Called by the worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ds_serve.attention.context import AttentionBatch
+from ds_serve.attention.layout import KVLayout
+from ds_serve.messages import NewSequence, Row
+
+
+@dataclass
+class StepInputs:
+    """A step's model inputs on the device: T tokens of R rows in one packed row.
+
+    input_ids    int64[1, T]
+    sampled      indices into T of the tokens whose logits are needed, int64[S]
+    slots, positions of the S tokens to be drawn
+    """
+
+    input_ids: torch.Tensor
+    attention: AttentionBatch
+    sampled: torch.Tensor
+    slots: list[int]
+    positions: list[int]
+
+
+class SlotTable:
+    """Tokens and blocks of max_num_seqs sequences of up to max_model_len tokens."""
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
+        self.block_size = block_size
+        max_blocks = -(-max_model_len // block_size)
+        # Never touched pages are never committed, so long models cost what is used.
+        self._tokens = np.empty((max_num_seqs, max_model_len + 1), dtype=np.int64)
+        self._blocks = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
+        self._num_blocks = [0] * max_num_seqs
+
+    def admit(self, new: NewSequence) -> None:
+        """new takes its slot; what the slot held is forgotten."""
+        self._tokens[new.slot, : len(new.token_ids)] = new.token_ids
+        self._num_blocks[new.slot] = 0
+
+    def append(self, slots: Sequence[int], positions: Sequence[int], token_ids: Sequence[int]) -> None:
+        """The sampled token of each slot, at its position."""
+        self._tokens[slots, positions] = token_ids
+
+    def build(self, rows: Sequence[Row], slab: torch.Tensor, layout: KVLayout) -> StepInputs:
+        """Extends block tables by the rows' new blocks and packs the rows, in order."""
+        for row in rows:
+            if row.new_block_ids:
+                held = self._num_blocks[row.slot]
+                self._num_blocks[row.slot] = held + len(row.new_block_ids)
+                self._blocks[row.slot, held : self._num_blocks[row.slot]] = row.new_block_ids
+        slots = np.array([row.slot for row in rows])
+        starts = np.array([row.start for row in rows])
+        counts = np.array([row.count for row in rows])
+        query_start = np.zeros(len(rows) + 1, dtype=np.int32)
+        np.cumsum(counts, out=query_start[1:])
+        num_tokens = int(query_start[-1])
+
+        row_of = np.repeat(np.arange(len(rows)), counts)
+        positions = np.arange(num_tokens) - query_start[row_of] + starts[row_of]
+        slot_of = slots[row_of]
+        block_of = self._blocks[slot_of, positions // self.block_size].astype(np.int64)
+        widest = max(self._num_blocks[row.slot] for row in rows)
+        tables = self._blocks[slots, :widest]
+        tables[np.arange(widest) >= np.array([self._num_blocks[slot] for slot in slots])[:, None]] = 0
+
+        device = slab.device
+        samples = np.array([row.sample for row in rows])
+        ends = starts + counts
+        attention = AttentionBatch(
+            slab=slab,
+            layout=layout,
+            slot_mapping=_put(block_of * self.block_size + positions % self.block_size, device),
+            query_start=_put(query_start, device),
+            context_len=_put(ends.astype(np.int32), device),
+            block_tables=_put(tables, device),
+            positions=_put(positions, device),
+            max_query_len=int(counts.max()),
+            num_tokens=num_tokens,
+        )
+        return StepInputs(
+            input_ids=_put(self._tokens[slot_of, positions], device)[None],
+            attention=attention,
+            sampled=_put((query_start[1:] - 1)[samples].astype(np.int64), device),
+            slots=slots[samples].tolist(),
+            positions=ends[samples].tolist(),
+        )
+
+
+def _put(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(array).to(device)
