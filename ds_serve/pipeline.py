@@ -1,0 +1,258 @@
+"""transformers' text-generation pipeline, run by the engine in the caller's own process.
+
+    pipe = ds_serve.pipeline("text-generation", model=folder, max_num_seqs=32)
+    pipe("Once", max_new_tokens=20, do_sample=False)          # [{"generated_text": "Once upon ..."}]
+    for delta in pipe("Once", stream=True): ...               # text as it comes
+    await pipe.agenerate(prompts), async for delta in pipe.astream("Once"): ...
+
+Inputs, arguments, defaults and the shape of results are transformers'; what is not offered is
+refused by name (generation_args.py). It is a front: it knows text and requests, neither blocks nor
+tensors. The module itself can be called, so that `ds_serve.pipeline` works however it was imported.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import sys
+import types
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ds_serve.config import Settings
+from ds_serve.generation_args import ENCODE, RETURN, check_names, config_fields, resolve_generate, return_type
+from ds_serve.generation_run import Call, Event, GenerationError, Run, Sequence
+from ds_serve.generation_text import Input, Texts
+from ds_serve.messages import Output
+from ds_serve.text.codec import TextCodec
+
+__all__ = ["GenerationError", "TextGenerationPipeline", "pipeline"]
+
+MAX_INPUTS_IN_FLIGHT = 512  # keeps a long list from filling the engine's queue
+PROGRESS_FROM = 8  # prompts, on a terminal
+
+
+def pipeline(task: str = "text-generation", model: str | Path | None = None, **arguments: Any):
+    """A TextGenerationPipeline for the model in a local folder.
+
+    arguments are engine settings (ds_serve.config.Settings) and defaults for the calls
+    (max_new_tokens=20, say). Raises ValueError for another task, TypeError for an unknown name, and
+    what loading the model raises.
+    """
+    if task != "text-generation":
+        raise ValueError(f"task: only 'text-generation' is served, got {task!r}")
+    if model is None:
+        raise ValueError("model: must be the folder of a Hugging Face model")
+    settings = {name: arguments.pop(name) for name in arguments.keys() & Settings.model_fields.keys()}
+    check_names(arguments)
+    if "dtype" in settings:
+        settings["dtype"] = str(settings["dtype"]).removeprefix("torch.")
+    settings = Settings.load(model=str(model), **settings)
+    codec = TextCodec(settings.model, trust_remote_code=settings.trust_remote_code)
+    generation = _model_generation(settings)
+
+    from ds_serve.rank import build_local_engine  # torch and DeepSpeed: only where an engine is built
+
+    engine = build_local_engine(settings)
+    limit = min(MAX_INPUTS_IN_FLIGHT, settings.max_queue)
+    return TextGenerationPipeline(engine, codec.tokenizer, generation, arguments, max_inputs=limit)
+
+
+class TextGenerationPipeline:
+    """Calls like transformers' own. engine is a LocalEngine (or anything with its methods).
+
+    generation is the model's generation config as plain fields, defaults the arguments of every
+    call. Several threads and event loops may call at once. close() ends the engine.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        tokenizer: Any,
+        generation: Mapping[str, Any],
+        defaults: Mapping[str, Any] | None = None,
+        max_inputs: int = MAX_INPUTS_IN_FLIGHT,
+    ):
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self._model_fields = config_fields(generation)
+        self._defaults = dict(defaults or {})
+        self._max_inputs = max_inputs
+        self._texts = Texts(tokenizer)
+        self._closed = False
+        check_names(self._defaults)
+        self._resolve({})
+
+    def __call__(self, text_inputs: Any, **arguments: Any) -> Any:
+        """Continues a string, a list of strings, a chat (a list of dicts) or a list of chats.
+
+        Returns a list of records for one input, a list of such lists for several, and a lazy
+        iterator of them for a generator. A record is {"generated_text": str or chat}, or
+        {"generated_token_ids": list} with return_tensors=True; logprobs=N adds "logprobs".
+        With stream=True, an iterator of text deltas for one input, of (index, delta) for several;
+        joined, the deltas are the generated_text of return_full_text=False.
+        Raises ValueError or TypeError naming a bad argument, GenerationError if the engine fails.
+        """
+        call = self._resolve(arguments)
+        inputs, single = self._texts.inputs(text_inputs)
+        if call.stream:
+            deltas = self._stream(inputs, call)
+            return (delta for _, delta in deltas) if single else deltas
+        records = self._records(inputs, call)
+        if single:
+            [result] = records
+            return result
+        if isinstance(inputs, list):
+            return list(_with_progress(records, len(inputs), call.progress))
+        return records
+
+    async def agenerate(self, text_inputs: Any, **arguments: Any) -> Any:
+        """As a call, without blocking the event loop; a generator's results come as a list too."""
+        call = self._resolve(arguments)
+        if call.stream:
+            raise ValueError("stream: use astream for an asynchronous stream")
+        inputs, single = self._texts.inputs(text_inputs)
+        done: dict[int, list] = {}
+        async with contextlib.aclosing(self._run_async(inputs, call)) as events:
+            async for index, _, records in events:
+                if records is not None:
+                    done[index] = records
+        results = [done[index] for index in sorted(done)]
+        return results[0] if single else results
+
+    async def astream(self, text_inputs: Any, **arguments: Any) -> AsyncIterator[Any]:
+        """The deltas of a call with stream=True, asynchronously."""
+        call = self._resolve({**arguments, "stream": True})
+        inputs, single = self._texts.inputs(text_inputs)
+        async with contextlib.aclosing(self._run_async(inputs, call)) as events:
+            async for index, delta, _ in events:
+                if delta:
+                    yield delta if single else (index, delta)
+
+    def close(self) -> None:
+        """Ends the engine; open calls end with an error. May be called again."""
+        if not self._closed:
+            self._closed = True
+            self.engine.close()
+
+    def __enter__(self) -> TextGenerationPipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # __init__ may have failed; the interpreter may be ending; or this is the engine's own thread.
+        if not getattr(self, "_closed", True) and not sys.is_finalizing():
+            with contextlib.suppress(RuntimeError):
+                self.close()
+
+    # -- one call ------------------------------------------------------------------------------
+
+    def _resolve(self, arguments: Mapping[str, Any]) -> Call:
+        check_names(arguments)
+        generate = resolve_generate(
+            arguments, self._defaults, self._model_fields, self.tokenizer.pad_token_id
+        )
+        merged = {**self._defaults, **arguments}
+        encode = {name: merged[name] for name in ENCODE & merged.keys() if merged[name] is not None}
+        output = {name: merged[name] for name in RETURN & merged.keys()}
+        call = Call(
+            generate=generate,
+            encode=encode,
+            returns=return_type(output),
+            skip_special_tokens=output.get("skip_special_tokens") is not False,
+            clean_up=output.get("clean_up_tokenization_spaces"),
+            stream=bool(merged.get("stream")),
+            streamer=merged.get("streamer"),
+            progress=merged.get("progress"),
+            max_inputs=_max_inputs(merged, self._max_inputs),
+        )
+        self._texts.check(encode)
+        call.check()
+        vocabulary = self.engine.info.vocab_size
+        beyond = [token for token in generate.own.get("logit_bias") or {} if not 0 <= int(token) < vocabulary]
+        if beyond:
+            raise ValueError(f"logit_bias: token ids {beyond} are outside the vocabulary of {vocabulary}")
+        return call
+
+    def _records(self, inputs: Iterable[Input], call: Call) -> Iterator[list[dict[str, Any]]]:
+        """Each input's records, in the order of the inputs."""
+        done: dict[int, list] = {}
+        following = 0
+        for index, _, records in self._run(inputs, call):
+            if records is not None:
+                done[index] = records
+            while following in done:
+                yield done.pop(following)
+                following += 1
+
+    def _stream(self, inputs: Iterable[Input], call: Call) -> Iterator[tuple[int, str]]:
+        return ((index, delta) for index, delta, _ in self._run(inputs, call) if delta)
+
+    def _run(self, inputs: Iterable[Input], call: Call) -> Iterator[Event]:
+        arrived: queue.SimpleQueue[tuple[Sequence, Output]] = queue.SimpleQueue()
+        run = Run(self.engine, self._texts, call, inputs, lambda *item: arrived.put(item))
+        try:
+            while run.fill():
+                yield run.take(*arrived.get())
+        finally:
+            run.abort()
+
+    async def _run_async(self, inputs: Iterable[Input], call: Call) -> AsyncIterator[Event]:
+        arrived: asyncio.Queue[tuple[Sequence, Output]] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def emit(*item: Any) -> None:
+            with contextlib.suppress(RuntimeError):  # the event loop has been closed
+                loop.call_soon_threadsafe(arrived.put_nowait, item)
+
+        run = Run(self.engine, self._texts, call, inputs, emit)
+        try:
+            while run.fill():
+                yield run.take(*(await arrived.get()))
+        finally:
+            run.abort()
+
+
+def _max_inputs(arguments: Mapping[str, Any], limit: int) -> int:
+    """Inputs in the engine at a time: batch_size where given, one where a streamer must not be mixed up."""
+    if arguments.get("num_workers"):
+        raise ValueError("num_workers: must be 0, encoding has no workers of its own")
+    size = arguments.get("batch_size")
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise ValueError(f"batch_size: must be at least 1, got {size!r}")
+    return 1 if arguments.get("streamer") is not None else min(size or limit, limit)
+
+
+def _with_progress(records: Iterable[Any], total: int, progress: bool | None) -> Iterable[Any]:
+    if progress or (progress is None and total > PROGRESS_FROM and sys.stderr.isatty()):
+        from tqdm.auto import tqdm
+
+        return tqdm(records, total=total, unit="prompt")
+    return records
+
+
+def _model_generation(settings: Settings) -> dict[str, Any]:
+    """The model's generation config as transformers would load it, as plain fields."""
+    from transformers import AutoConfig, GenerationConfig
+
+    if (Path(settings.model) / "generation_config.json").is_file():
+        config = GenerationConfig.from_pretrained(settings.model, local_files_only=True)
+    else:
+        config = GenerationConfig.from_model_config(
+            AutoConfig.from_pretrained(
+                settings.model, local_files_only=True, trust_remote_code=settings.trust_remote_code
+            )
+        )
+    return config.to_diff_dict()
+
+
+class _CallableModule(types.ModuleType):
+    def __call__(self, *args: Any, **kwargs: Any) -> TextGenerationPipeline:
+        return pipeline(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule
