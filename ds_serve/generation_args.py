@@ -289,6 +289,8 @@ def _check_types(arguments: Mapping[str, Any]) -> None:
                 )
             if name in _AT_LEAST and value < _AT_LEAST[name]:
                 raise ValueError(f"{name}: must be at least {_AT_LEAST[name]}, got {value!r}")
+    if not -(2**63) <= (arguments.get("seed") or 0) < 2**63:
+        raise ValueError(f"seed: must be a 64-bit integer, got {arguments['seed']!r}")
     if arguments["num_return_sequences"] is None:
         raise ValueError("num_return_sequences: must be at least 1, got None")
 
