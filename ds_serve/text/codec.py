@@ -16,14 +16,8 @@ from typing import Any
 import jinja2
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-
-# What a caller's template variables may not be named: these steer apply_chat_template itself.
-_RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {
-    "documents"
-}
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -63,6 +57,8 @@ class TextCodec:
         folder = Path(model_dir)
         if not folder.is_dir():
             raise FileNotFoundError(f"model: {folder} is not a folder with tokenizer files")
+        from transformers import AutoTokenizer  # here, because it imports torch: seconds, and 300 MB
+
         self.tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=trust_remote_code
         )
@@ -72,8 +68,14 @@ class TextCodec:
         self.encode("")
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The ids of text, with the special tokens the tokenizer adds on its own (BOS, for many)."""
-        ids = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        """The ids of text, with the special tokens the tokenizer adds on its own (BOS, for many).
+
+        Raises ValueError where text holds half of a surrogate pair.
+        """
+        try:
+            ids = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        except TypeError as error:  # so the backend calls a str that UTF-8 cannot hold
+            raise ValueError(f"prompt: cannot be encoded: {error}") from error
         return list(ids)
 
     def encode_chat(
@@ -96,7 +98,7 @@ class TextCodec:
                 "messages: the model's tokenizer has no chat template; send a prompt to completions instead"
             )
         _check_messages(messages)
-        reserved = sorted(_RESERVED & template_kwargs.keys())
+        reserved = sorted(self._reserved & template_kwargs.keys())
         if reserved:
             raise ValueError(f"chat_template_kwargs: {reserved[0]!r} is not a template variable")
         if add_generation_prompt is None:
@@ -141,6 +143,12 @@ class TextCodec:
     def vocab(self) -> dict[str, int]:
         """Every token's id, added tokens included."""
         return self.backend.get_vocab(with_added_tokens=True)
+
+    @cached_property
+    def _reserved(self) -> frozenset[str]:
+        """What template variables may not be named: it steers apply_chat_template itself."""
+        parameters = inspect.signature(self.tokenizer.apply_chat_template).parameters
+        return frozenset(parameters) - {"documents"}
 
     @cached_property
     def _added_ids(self) -> frozenset[int]:

@@ -1,0 +1,113 @@
+"""The FastAPI application: which route does what, and which error becomes which status.
+
+Knows the Front it is given; starts no process and opens no port (run.py does).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from ds_serve.server.chat import chat_completions
+from ds_serve.server.client import EngineDeadError
+from ds_serve.server.completions import completions
+from ds_serve.server.errors import ApiError, from_validation
+from ds_serve.server.front import Front
+from ds_serve.server.protocol import ChatBody, CompletionBody
+from ds_serve.server.replies import ClientGone, json_reply
+
+_STATS_TIMEOUT_S = 1.0
+_CLIENT_CLOSED = 499  # nobody reads it; it shows in access logs
+
+
+def create_app(front: Front) -> FastAPI:
+    app = FastAPI(title="ds_serve", version=_version())
+    _add_service_routes(app, front)
+    _add_openai_routes(app, front)
+    _add_error_handlers(app, front)
+    return app
+
+
+def _add_openai_routes(app: FastAPI, front: Front) -> None:
+    def card() -> dict:
+        info = front.client.info
+        return {
+            "id": front.model_name,
+            "object": "model",
+            "created": front.created,
+            "owned_by": "ds_serve",
+            "max_model_len": info.max_model_len,
+        }
+
+    @app.get("/v1/models")
+    async def list_models() -> Response:
+        return json_reply({"object": "list", "data": [card()]})
+
+    @app.get("/v1/models/{name:path}")
+    async def retrieve_model(name: str) -> Response:
+        front.check_model(name)
+        return json_reply(card())
+
+    @app.post("/v1/completions")
+    async def create_completion(body: CompletionBody, http: Request) -> Response:
+        return await completions(front, body, http)
+
+    @app.post("/v1/chat/completions")
+    async def create_chat_completion(body: ChatBody, http: Request) -> Response:
+        return await chat_completions(front, body, http)
+
+
+def _add_service_routes(app: FastAPI, front: Front) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        """503 while there is no engine; stats is null where the engine is busy for a second."""
+        client = front.client
+        stats = None
+        with suppress(TimeoutError):
+            stats = await asyncio.wait_for(client.stats(), _STATS_TIMEOUT_S)
+        payload = {"status": "ok", "engine": msgspec.structs.asdict(client.info)}
+        return json_reply(payload | {"stats": None if stats is None else msgspec.structs.asdict(stats)})
+
+    @app.get("/version")
+    async def show_version() -> Response:
+        return json_reply({"version": app.version})
+
+
+def _add_error_handlers(app: FastAPI, front: Front) -> None:
+    @app.exception_handler(ApiError)
+    async def refused(_: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def bad_body(_: Request, error: RequestValidationError) -> Response:
+        return from_validation(error.errors()).response()
+
+    @app.exception_handler(EngineDeadError)
+    async def no_engine(_: Request, error: EngineDeadError) -> Response:
+        retry_after_s = front.backend.retry_after_s
+        return ApiError(503, error.reason, code="engine_dead", retry_after_s=retry_after_s).response()
+
+    @app.exception_handler(ClientGone)
+    async def client_gone(_: Request, error: ClientGone) -> Response:
+        return Response(status_code=_CLIENT_CLOSED)
+
+    @app.exception_handler(HTTPException)
+    async def no_route(http: Request, error: HTTPException) -> Response:
+        return ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}").response()
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> Response:
+        return ApiError(500, f"the server failed: {type(error).__name__}: {error}").response()
+
+
+def _version() -> str:
+    try:
+        return version("ds_serve")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "unknown"

@@ -1,0 +1,240 @@
+"""The front's end of the two ZeroMQ sockets it shares with one engine process.
+
+Knows messages, and nothing of HTTP, text or how the process is started (supervisor.py). One client
+serves one life of the engine: after a restart there is a new folder and a new client.
+
+The front binds both sockets in a private folder; the engine connects. A frame is a msgpack list:
+
+    front.out  PUSH  list[FrontMessage]  ->  engine
+    front.in   PULL  list[EngineMessage] <-  engine, EngineInfo first
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from pathlib import Path
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from ds_serve.messages import (
+    Abort,
+    EngineFailure,
+    EngineInfo,
+    EngineMessage,
+    FrontMessage,
+    Output,
+    Request,
+    Stats,
+    StatsQuery,
+)
+
+
+class EngineDeadError(RuntimeError):
+    """The engine is not there (any more); reason says why."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class EngineClient:
+    """Sends requests to the engine and hands each caller its own outputs. One event loop only.
+
+    Outputs that a caller has not read yet are merged when it reads, so a slow reader holds up
+    nobody and costs no more than its own tokens.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder)
+        self._context = zmq.asyncio.Context()
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(list[EngineMessage])
+        self._inboxes: dict[str, _Inbox] = {}
+        self._stats_waiters: list[asyncio.Future[Stats]] = []
+        self._ready = asyncio.Event()
+        self._dead = asyncio.Event()
+        self._reason = ""
+        self.info: EngineInfo | None = None
+
+    async def start(self) -> None:
+        """Binds both sockets and listens. The engine may connect from now on."""
+        self._out = self._bind(zmq.PUSH, "front.out")
+        self._in = self._bind(zmq.PULL, "front.in")
+        self._reader = asyncio.create_task(self._read())
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine has said that it is ready, and has not failed since."""
+        return self.info is not None and not self._dead.is_set()
+
+    def check(self) -> None:
+        """Raises EngineDeadError where the engine has failed."""
+        if self._dead.is_set():
+            raise EngineDeadError(self._reason)
+
+    async def wait_ready(self) -> EngineInfo:
+        """The engine's first message. Raises EngineDeadError where it fails before."""
+        await self._ready.wait()
+        self.check()
+        return self.info
+
+    async def wait_dead(self) -> str:
+        """Returns the reason once the engine has failed, or fail() or close() was called."""
+        await self._dead.wait()
+        return self._reason
+
+    async def generate(self, request: Request) -> AsyncIterator[Output]:
+        """Outputs of one request; the last has a finish_reason.
+
+        Leaving early (closing the iterator, or being cancelled) aborts the request.
+        Raises EngineDeadError, at once or in the middle, and ValueError for an id in use.
+        """
+        async with aclosing(self.generate_all([request])) as outputs:
+            async for _, output in outputs:
+                yield output
+
+    async def generate_all(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, Output]]:
+        """Outputs of several requests as they come, with the index of the request. As generate."""
+        self.check()
+        ids = [request.id for request in requests]
+        if len(set(ids)) < len(ids) or not self._inboxes.keys().isdisjoint(ids):
+            raise ValueError(f"id: a request of this id is open already, among {ids}")
+        news = asyncio.Event()
+        inboxes = [_Inbox(news) for _ in requests]
+        self._inboxes.update(zip(ids, inboxes, strict=True))
+        self._send(*requests)
+        try:
+            while not all(inbox.finished for inbox in inboxes):
+                await news.wait()
+                news.clear()
+                for index, inbox in enumerate(inboxes):
+                    output = inbox.take()
+                    if output is not None:
+                        yield index, output
+                if self._dead.is_set() and not all(inbox.finished for inbox in inboxes):
+                    raise EngineDeadError(self._reason)
+        finally:  # no await here: this also runs while the caller's task is being cancelled
+            for request_id, inbox in zip(ids, inboxes, strict=True):
+                if not inbox.finished:
+                    self._abort(request_id)
+                self._inboxes.pop(request_id, None)
+
+    async def abort(self, request_id: str) -> None:
+        """Ends a request here and in the engine; its iterator gives no more outputs. Unknown ids are fine."""
+        self._abort(request_id)
+
+    async def stats(self) -> Stats:
+        """The engine's gauges and totals now. Raises EngineDeadError."""
+        self.check()
+        waiter = asyncio.get_running_loop().create_future()
+        self._stats_waiters.append(waiter)
+        self._send(StatsQuery())
+        return await waiter
+
+    def fail(self, reason: str) -> None:
+        """The engine is gone: every open iterator raises EngineDeadError(reason). The first call counts."""
+        if self._dead.is_set():
+            return
+        self._reason = reason
+        self._dead.set()
+        self._ready.set()
+        for inbox in self._inboxes.values():
+            inbox.news.set()
+        waiters, self._stats_waiters = self._stats_waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_exception(EngineDeadError(reason))
+
+    async def close(self) -> None:
+        """Ends what is open and closes the sockets. start() must have been called."""
+        self.fail("the server is shutting down")
+        self._reader.cancel()
+        await asyncio.gather(self._reader, return_exceptions=True)
+        self._context.destroy(linger=0)
+
+    def _bind(self, kind: int, name: str) -> zmq.asyncio.Socket:
+        socket = self._context.socket(kind)
+        socket.set_hwm(0)  # messages are small, and neither side may ever wait for the other
+        socket.bind(f"ipc://{self._folder / name}")
+        return socket
+
+    def _send(self, *messages: FrontMessage) -> None:
+        # Sent at once, or as soon as the engine's socket is connected; the future tells nothing new.
+        self._out.send(self._encoder.encode(messages))
+
+    def _abort(self, request_id: str) -> None:
+        inbox = self._inboxes.pop(request_id, None)
+        if inbox is None:
+            return
+        inbox.finish()
+        if not self._dead.is_set():
+            self._send(Abort(id=request_id))
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                for message in self._decoder.decode(await self._in.recv()):
+                    self._take(message)
+        except msgspec.DecodeError as error:
+            self.fail(f"the engine sent what is no list of messages: {error}")
+
+    def _take(self, message: EngineMessage) -> None:
+        if isinstance(message, Output):
+            inbox = self._inboxes.get(message.id)
+            if inbox is not None:  # else aborted: its last outputs may still be under way
+                inbox.put(message)
+        elif isinstance(message, Stats):
+            waiters, self._stats_waiters = self._stats_waiters, []
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(message)
+        elif isinstance(message, EngineInfo):
+            self.info = message
+            self._ready.set()
+        elif isinstance(message, EngineFailure):
+            self.fail(message.reason)
+
+
+class _Inbox:
+    """Outputs of one request that its caller has not read; news is shared by a call's requests."""
+
+    __slots__ = ("_unread", "finished", "news")
+
+    def __init__(self, news: asyncio.Event) -> None:
+        self.news = news
+        self.finished = False
+        self._unread: list[Output] = []
+
+    def put(self, output: Output) -> None:
+        self._unread.append(output)
+        self.news.set()
+
+    def finish(self) -> None:
+        self.finished = True
+        self._unread.clear()
+        self.news.set()
+
+    def take(self) -> Output | None:
+        """All that is unread as one output."""
+        if not self._unread:
+            return None
+        outputs, self._unread = self._unread, []
+        output = outputs[0] if len(outputs) == 1 else _merge(outputs)
+        self.finished = output.finish_reason is not None
+        return output
+
+
+def _merge(outputs: list[Output]) -> Output:
+    logprobs = [entry for output in outputs for entry in output.logprobs or ()]
+    return msgspec.structs.replace(
+        outputs[-1],
+        token_ids=[token for output in outputs for token in output.token_ids],
+        logprobs=logprobs or None,
+        num_prompt_tokens=max(output.num_prompt_tokens for output in outputs),
+        num_cached_tokens=max(output.num_cached_tokens for output in outputs),
+        times=tuple(max(moments) for moments in zip(*(output.times for output in outputs), strict=True)),
+    )

@@ -1,0 +1,98 @@
+"""What the routes share: the model's name, its codec and defaults, and the way to its engine.
+
+Knows no routes. run.py makes one; app.py hands it to every route.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ds_serve.server.client import EngineClient, EngineDeadError
+from ds_serve.server.errors import ApiError, refusing
+from ds_serve.server.generation import Prompt
+from ds_serve.server.protocol import ChatBody, CompletionBody
+from ds_serve.server.sampling import check_prompt, sampling_params
+from ds_serve.text.codec import TextCodec
+from ds_serve.text.defaults import GenerationDefaults
+
+_INLINE_CHARS = 4096  # shorter texts are encoded in less time than a thread takes to answer
+
+
+class Backend(Protocol):
+    """Where the engine of the moment is found; Supervisor is one."""
+
+    retry_after_s: int
+
+    @property
+    def client(self) -> EngineClient:
+        """The live engine's client. Raises EngineDeadError while there is none."""
+
+
+@dataclass
+class Front:
+    """codec is None until the tokenizer is loaded; created is the model's time stamp in the API."""
+
+    model_name: str
+    defaults: GenerationDefaults
+    backend: Backend
+    created: int
+    codec: TextCodec | None = None
+    # One thread: the tokenizer must not be encoding twice at once.
+    _encoder: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "encode"))
+
+    @property
+    def client(self) -> EngineClient:
+        """The engine's client. Raises EngineDeadError until engine and tokenizer are both there."""
+        client = self.backend.client
+        if self.codec is None:
+            raise EngineDeadError("the tokenizer is loading")
+        return client
+
+    def check_model(self, name: str) -> None:
+        """Raises ApiError 404 for any name but the model's."""
+        if name != self.model_name:
+            raise ApiError(
+                404,
+                f"model: {name!r} is not served here; {self.model_name!r} is",
+                param="model",
+                code="model_not_found",
+            )
+
+    async def chat_prompt(self, body: ChatBody, client: EngineClient) -> Prompt:
+        """The rendered chat with its parameters. Raises ApiError."""
+
+        def encode() -> list[int]:
+            return self.codec.encode_chat(
+                [message.for_template() for message in body.messages],
+                add_generation_prompt=body.add_generation_prompt,
+                continue_final_message=body.continue_final_message,
+                **body.chat_template_kwargs,
+            )
+
+        size = sum(len(message.for_template()["content"]) for message in body.messages)
+        with refusing():
+            return self._prompt(body, client, await self._encode(encode, size), "messages")
+
+    async def completion_prompts(self, body: CompletionBody, client: EngineClient) -> list[Prompt]:
+        """Each prompt with its parameters. Raises ApiError."""
+        prompts = []
+        for prompt in body.prompt:
+            if isinstance(prompt, str):
+                prompt = await self._encode(lambda text=prompt: self.codec.encode(text), len(prompt))
+            with refusing():
+                prompts.append(self._prompt(body, client, prompt, "prompt"))
+        return prompts
+
+    def _prompt(
+        self, body: ChatBody | CompletionBody, client: EngineClient, token_ids: list[int], name: str
+    ) -> Prompt:
+        check_prompt(token_ids, client.info, name)
+        return Prompt(token_ids, sampling_params(body, self.defaults, client.info, len(token_ids)))
+
+    async def _encode(self, encode, num_chars: int) -> list[int]:
+        if num_chars <= _INLINE_CHARS:
+            return encode()
+        return await asyncio.get_running_loop().run_in_executor(self._encoder, encode)

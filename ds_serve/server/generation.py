@@ -1,0 +1,160 @@
+"""One call's choices: from prompts to engine requests, from their outputs to pieces of text.
+
+Knows nothing of OpenAI's shapes; chat.py and completions.py turn a Delta into those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+import msgspec
+
+from ds_serve.messages import Output, Request, SamplingParams, TokenLogprob
+from ds_serve.server.client import EngineClient, EngineDeadError
+from ds_serve.server.errors import from_engine
+from ds_serve.text.codec import TextCodec
+from ds_serve.text.detokenize import Detokenizer
+
+
+@dataclass(frozen=True)
+class Prompt:
+    token_ids: list[int]
+    params: SamplingParams
+
+
+@dataclass
+class Delta:
+    """What a choice gained: text that may be shown, and the tokens whose logprobs were asked for.
+
+    finish_reason is set on a choice's last delta. Tokens may come before their text, which is held
+    back where it could become a stop string.
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: str | None = None
+
+
+def join(deltas: list[Delta]) -> Delta:
+    """All deltas of one choice as one."""
+    logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
+    return Delta(
+        deltas[0].index,
+        "".join(delta.text for delta in deltas),
+        [token for delta in deltas for token in delta.token_ids],
+        logprobs or None,
+        deltas[-1].finish_reason,
+    )
+
+
+class Generation:
+    """n choices of each prompt; choice i of all is choice i % n of prompt i // n.
+
+    The j-th choice of a prompt has its seed plus j, so that a given seed gives n different texts,
+    the same at each call.
+    """
+
+    def __init__(
+        self,
+        client: EngineClient,
+        codec: TextCodec,
+        call_id: str,
+        prompts: list[Prompt],
+        *,
+        n: int = 1,
+        stop: list[str] | None = None,
+        salt: str = "",
+        priority: int = 0,
+    ) -> None:
+        self._client = client
+        self._n = n
+        self.prompts = prompts
+        self.requests = [
+            Request(
+                id=f"{call_id}-{i * n + j}",
+                prompt_token_ids=prompt.token_ids,
+                params=msgspec.structs.replace(prompt.params, seed=_shifted(prompt.params.seed, j)),
+                salt=salt,
+                priority=priority,
+            )
+            for i, prompt in enumerate(prompts)
+            for j in range(n)
+        ]
+        self._choices = [_Choice(codec, request, stop or []) for request in self.requests]
+
+    async def deltas(self) -> AsyncIterator[Delta]:
+        """Pieces of all choices as they come. Leaving early aborts what is open.
+
+        Raises ApiError where the engine refuses a request, EngineDeadError where it dies.
+        """
+        async with aclosing(self._client.generate_all(self.requests)) as outputs:
+            async for index, output in outputs:
+                delta = self._choices[index].take(index, output)
+                if delta.finish_reason is not None and output.finish_reason is None:
+                    await self._client.abort(self.requests[index].id)
+                yield delta
+
+    async def collect(self) -> list[Delta]:
+        """Each choice as one delta."""
+        parts: list[list[Delta]] = [[] for _ in self.requests]
+        async with aclosing(self.deltas()) as deltas:
+            async for delta in deltas:
+                parts[delta.index].append(delta)
+        return [join(part) for part in parts]
+
+    def usage(self) -> dict:
+        """Token counts so far: prompts once each, outputs of all choices."""
+        prompt_tokens = sum(len(prompt.token_ids) for prompt in self.prompts)
+        completion_tokens = sum(choice.num_tokens for choice in self._choices)
+        cached = sum(choice.num_cached_tokens for choice in self._choices[:: self._n])
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+
+class _Choice:
+    """Counts and text of one request. num_tokens: up to the token that completed a stop string."""
+
+    def __init__(self, codec: TextCodec, request: Request, stop: list[str]) -> None:
+        self.num_tokens = 0
+        self.num_cached_tokens = 0
+        self._detokenizer = Detokenizer(
+            codec.backend,
+            stop=stop,
+            min_tokens=request.params.min_tokens,
+            prompt_token_ids=request.prompt_token_ids,
+        )
+
+    def take(self, index: int, output: Output) -> Delta:
+        if output.finish_reason == "error":
+            raise from_engine(output.error or "the engine gave no reason")
+        if output.finish_reason == "abort":
+            raise EngineDeadError("the engine aborted the request")
+        # The id that ended the request counts, and has no text.
+        ended = output.stop_token_id is not None
+        token_ids = output.token_ids[:-1] if ended else output.token_ids
+        before = self._detokenizer.num_tokens
+        text = self._detokenizer.push(token_ids, final=output.finish_reason is not None)
+        stopped = self._detokenizer.stop_hit is not None
+        taken = self._detokenizer.num_tokens - before
+        self.num_tokens += taken + (ended and not stopped)
+        self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+        return Delta(
+            index,
+            text,
+            token_ids[:taken],
+            None if output.logprobs is None else output.logprobs[:taken],
+            "stop" if stopped else output.finish_reason,
+        )
+
+
+def _shifted(seed: int, by: int) -> int:
+    """seed + by within 64 bits."""
+    return (seed + by + 2**63) % 2**64 - 2**63

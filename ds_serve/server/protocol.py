@@ -1,0 +1,168 @@
+"""The bodies of OpenAI's completion routes as pydantic models, with the usual extensions.
+
+Knows shapes and types; ranges of sampling parameters are SamplingParams' own (messages.py). A
+field that is not here is refused; null is the same as absent.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+MAX_STOP_STRINGS = 16
+
+
+def _encodable(text: str) -> str:
+    """JSON can spell half of a surrogate pair, which is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be valid Unicode, has an unpaired surrogate") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            return {key: value for key, value in data.items() if value is not None}
+        return data
+
+
+class StreamOptions(_Body):
+    include_usage: bool = False
+
+
+class GenerationBody(_Body):
+    """What both routes share. Fields after `user` are extensions, named as elsewhere."""
+
+    model: Text
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: int = Field(1, ge=1, le=128)
+    stop: list[Text] = []
+    seed: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    max_tokens: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[str, float] = {}
+    user: Text | None = Field(None, description="informational only")
+
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: list[int] = []
+    priority: int = 0
+    cache_salt: Text = ""
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stop_as_list(cls, value: Any) -> Any:
+        strings = [value] if isinstance(value, str) else value
+        if not isinstance(strings, list) or not all(isinstance(s, str) and s for s in strings):
+            raise ValueError("must be a non-empty string or a list of such")
+        if len(strings) > MAX_STOP_STRINGS:
+            raise ValueError(f"must hold at most {MAX_STOP_STRINGS} strings, got {len(strings)}")
+        return strings
+
+    @model_validator(mode="after")
+    def _stream_options_need_stream(self) -> GenerationBody:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: only where stream is true")
+        return self
+
+
+class CompletionBody(GenerationBody):
+    """POST /v1/completions. prompt becomes a list of texts or of token ids."""
+
+    prompt: list[Text] | list[list[int]]
+    logprobs: int | None = None
+    echo: Literal[False] = False
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _prompt_as_list(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return [value]
+        if isinstance(value, list) and value:
+            if _are_ids(value):
+                return [value]
+            if all(isinstance(item, str) for item in value) or all(map(_are_ids, value)):
+                return value
+        raise ValueError("must be a string, token ids, or a non-empty list of either")
+
+    @property
+    def max_tokens_asked(self) -> int | None:
+        return self.max_tokens
+
+
+class TextPart(_Body):
+    type: Literal["text"]
+    text: Text
+
+
+class Message(_Body):
+    """One turn. Content of several text parts is joined by newlines."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[TextPart]
+    name: Text | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _content_is_text(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            kinds = [part.get("type") if isinstance(part, dict) else part for part in value]
+            if any(kind != "text" for kind in kinds):
+                raise ValueError(f"parts must be of type 'text', got {kinds}")
+        elif not isinstance(value, str):
+            raise ValueError("must be a string or a list of text parts")
+        return value
+
+    def for_template(self) -> dict[str, str]:
+        content = self.content
+        if not isinstance(content, str):
+            content = "\n".join(part.text for part in content)
+        message = {"role": self.role, "content": content}
+        return message | ({"name": self.name} if self.name is not None else {})
+
+
+class ChatBody(GenerationBody):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    chat_template_kwargs: dict[str, Any] = {}
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> ChatBody:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs: only where logprobs is true")
+        if None not in (self.max_tokens, self.max_completion_tokens) and (
+            self.max_tokens != self.max_completion_tokens
+        ):
+            raise ValueError("max_tokens: differs from max_completion_tokens, its newer name; send one")
+        return self
+
+    @property
+    def max_tokens_asked(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)

@@ -1,0 +1,191 @@
+"""Keeps one engine process alive: starts it, watches it, starts it again, and leaves nothing behind.
+
+Knows processes and folders; what passes over the sockets is client.py's. run.py owns one
+Supervisor, and the routes ask it for the client of the engine's present life.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ds_serve.messages import EngineInfo
+from ds_serve.server.client import EngineClient, EngineDeadError
+
+log = logging.getLogger(__name__)
+
+_LAST_WORDS_S = 0.5  # how long an ended engine's EngineFailure may still be under way
+
+
+@dataclass(frozen=True)
+class RestartPolicy:
+    """At most max_restarts within window_s seconds, waiting twice as long each time (seconds)."""
+
+    max_restarts: int = 5
+    window_s: float = 600.0
+    first_delay_s: float = 1.0
+    max_delay_s: float = 30.0
+
+    def delay_s(self, restarts: int) -> float:
+        return min(self.first_delay_s * 2**restarts, self.max_delay_s)
+
+
+class Supervisor:
+    """One engine process at a time: `command FOLDER`, in a process group of its own.
+
+    FOLDER is private (0700) and holds settings.json (0600) and both sockets; it goes with the
+    process. The child finds this process's id in DS_SERVE_PARENT_PID. An engine that fails before
+    it was ever ready is not started again: its settings or its model are at fault.
+    """
+
+    def __init__(
+        self,
+        settings_json: str,
+        *,
+        command: Sequence[str] = (sys.executable, "-m", "ds_serve.rank"),
+        policy: RestartPolicy | None = None,
+        grace_s: float = 10.0,
+    ) -> None:
+        self._settings_json = settings_json
+        self._command = tuple(command)
+        self._policy = policy or RestartPolicy()
+        self._grace_s = grace_s
+        self._stopping = asyncio.Event()
+        self._ready = asyncio.Event()  # ready, or given up
+        self._client: EngineClient | None = None
+        self._was_ready = False
+        self._reason = "the engine is starting"
+        self.retry_after_s = 5
+        self.given_up = asyncio.Event()
+
+    @property
+    def client(self) -> EngineClient:
+        """The live engine's client. Raises EngineDeadError while there is none."""
+        if self._client is None:
+            raise EngineDeadError(self._reason)
+        self._client.check()
+        return self._client
+
+    async def start(self) -> None:
+        """Starts the engine process; it loads on its own (wait_ready)."""
+        self._task = asyncio.create_task(self._run())
+
+    async def wait_ready(self) -> EngineInfo:
+        """The engine's description once it answers. Raises EngineDeadError where it never will."""
+        await self._ready.wait()
+        return self.client.info
+
+    async def stop(self) -> None:
+        """Ends the engine: SIGTERM to its group, SIGKILL after the grace."""
+        self._stopping.set()
+        await self._task
+
+    async def _run(self) -> None:
+        restarts: deque[float] = deque()
+        try:
+            while not self._stopping.is_set():
+                try:
+                    self._reason = await self._live()
+                except OSError as error:
+                    self._reason = f"the engine process cannot be started: {error}"
+                    log.error(self._reason)
+                if self._stopping.is_set() or not self._was_ready:
+                    break
+                now = time.monotonic()
+                while restarts and restarts[0] < now - self._policy.window_s:
+                    restarts.popleft()
+                if len(restarts) >= self._policy.max_restarts:
+                    log.error(
+                        "the engine failed %d times within %g s", len(restarts) + 1, self._policy.window_s
+                    )
+                    break
+                await self._pause(self._policy.delay_s(len(restarts)))
+                restarts.append(now)
+        finally:
+            self.given_up.set()
+            self._ready.set()
+
+    async def _pause(self, delay_s: float) -> None:
+        log.warning("starting the engine again in %g s", delay_s)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), delay_s)
+        self._reason = f"the engine is starting again after it failed: {self._reason}"
+
+    async def _live(self) -> str:
+        """One life of the engine, from start to end. Returns why it ended."""
+        folder = Path(tempfile.mkdtemp(prefix="ds-serve-"))
+        try:
+            client = EngineClient(folder)
+            await client.start()
+            try:
+                process = await self._spawn(folder)
+                try:
+                    reason = await self._watch(process, client)
+                finally:
+                    await self._end(process)
+                log.log(logging.INFO if self._stopping.is_set() else logging.ERROR, "engine: %s", reason)
+                return reason
+            finally:
+                self._client = None
+                await client.close()
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    async def _spawn(self, folder: Path) -> asyncio.subprocess.Process:
+        settings = folder / "settings.json"
+        settings.touch(mode=0o600)
+        settings.write_text(self._settings_json, encoding="utf-8")
+        return await asyncio.create_subprocess_exec(
+            *self._command,
+            str(folder),
+            stdin=asyncio.subprocess.DEVNULL,
+            env=os.environ | {"DS_SERVE_PARENT_PID": str(os.getpid())},
+            process_group=0,
+        )
+
+    async def _watch(self, process: asyncio.subprocess.Process, client: EngineClient) -> str:
+        exited = asyncio.create_task(process.wait())
+        dead = asyncio.create_task(client.wait_dead())
+        stopping = asyncio.create_task(self._stopping.wait())
+        ready = asyncio.create_task(client.wait_ready())
+        ends = {exited, dead, stopping}
+        try:
+            await asyncio.wait({ready, *ends}, return_when=asyncio.FIRST_COMPLETED)
+            if client.alive:
+                self._client = client
+                self._was_ready = True
+                self._ready.set()
+                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if stopping.done():
+                client.fail("the server is shutting down")
+            elif exited.done():
+                await asyncio.wait({dead}, timeout=_LAST_WORDS_S)
+                client.fail(f"the engine process ended with code {exited.result()}")
+            return await client.wait_dead()
+        finally:
+            for task in (exited, dead, stopping, ready):
+                task.cancel()
+            await asyncio.gather(exited, dead, stopping, ready, return_exceptions=True)
+
+    async def _end(self, process: asyncio.subprocess.Process) -> None:
+        _signal_group(process.pid, signal.SIGTERM)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), self._grace_s)
+        _signal_group(process.pid, signal.SIGKILL)  # also what the process left of its group
+        await process.wait()
+
+
+def _signal_group(group: int, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(group, number)
