@@ -22,9 +22,11 @@ template <typename T>
 constexpr int kPerWord = 4 / sizeof(T);  // elements of T in a 32-bit word: 1 fp32 or 2 bf16
 
 // Where a range's keys and values lie: pointers to the lines of each 16 tokens.
+// Past the last, k is padded with any of its pointers, since it is prefetched kAhead lines in advance.
+constexpr int kAhead = 4;
 struct Range {
   int64_t first_key;
-  const uint32_t* k[kRange / kSub];
+  const uint32_t* k[kRange / kSub + kAhead];
   const uint32_t* v[kRange / kSub];
 };
 
@@ -45,8 +47,10 @@ struct Tile {
   uint32_t* probs;       // [kMicroRows][kRange / kPerWord] scratch
 };
 
+// Few rows wait for memory: then the next keys and these keys' values are fetched meanwhile.
 template <typename T, int M, int N>
-DS_INLINE void score_blocks(const uint32_t* q, int k_words, const uint32_t* const* k, float scale, float* out) {
+DS_INLINE void score_blocks(const uint32_t* q, int k_words, const uint32_t* const* k, const uint32_t* const* v,
+                            float scale, float* out) {
   vec::Vec16 acc[M][N];
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++)
@@ -55,7 +59,13 @@ DS_INLINE void score_blocks(const uint32_t* q, int k_words, const uint32_t* cons
   for (int d = 0; d < k_words; d++) {
     vec::Word16 key[N];
 #pragma GCC unroll 8
-    for (int n = 0; n < N; n++) key[n] = vec::load_words(k[n] + d * kSub);
+    for (int n = 0; n < N; n++) {
+      key[n] = vec::load_words(k[n] + d * kSub);
+      if constexpr (M <= 3) {
+        __builtin_prefetch(k[n + kAhead] + d * kSub);
+        __builtin_prefetch(v[n] + d * kSub);
+      }
+    }
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
       vec::Word16 query = vec::set1_word(q[m * k_words + d]);
@@ -72,27 +82,40 @@ DS_INLINE void score_blocks(const uint32_t* q, int k_words, const uint32_t* cons
 template <typename T, int M>
 void score(const Tile& tile, int row, const Range& range, int begin, int end) {
   const uint32_t* q = tile.q + int64_t(row) * tile.k_words;
+  auto blocks = [&]<int N>(int b) {
+    score_blocks<T, M, N>(q, tile.k_words, range.k + b, range.v + b, tile.scale, tile.scores + b * kSub);
+  };
   int b = begin;
-  for (; b + 4 <= end; b += 4)
-    score_blocks<T, M, 4>(q, tile.k_words, range.k + b, tile.scale, tile.scores + b * kSub);
-  for (; b < end; b++)
-    score_blocks<T, M, 1>(q, tile.k_words, range.k + b, tile.scale, tile.scores + b * kSub);
+  for (; b + 4 <= end; b += 4) blocks.template operator()<4>(b);
+  switch (end - b) {
+    case 3: blocks.template operator()<3>(b); break;
+    case 2: blocks.template operator()<2>(b); break;
+    case 1: blocks.template operator()<1>(b); break;
+  }
 }
 
 // Masks one row's scores of blocks [begin, end) and returns their largest.
 inline float mask_and_max(const Tile& tile, int row, float* scores, int64_t first_key, int begin, int end) {
   const int low = int(std::clamp<int64_t>(tile.low[row] - first_key, 0, kRange));
   const int high = int(std::clamp<int64_t>(tile.high[row] + 1 - first_key, 0, kRange));
-  vec::Vec16 top = vec::set1(kNoScore);
-  for (int b = begin; b < end; b++) {
+  if (tile.cap != 0.0f)
+    for (int b = begin; b < end; b++)
+      vec::store(scores + b * kSub, vec::tanh(vec::load(scores + b * kSub)) * vec::set1(tile.cap));
+  auto mask = [&](int b) {
     vec::Vec16 x = vec::load(scores + b * kSub);
-    const bool whole = b * kSub >= low && (b + 1) * kSub <= high;
-    if (tile.cap != 0.0f) x = vec::tanh(x) * vec::set1(tile.cap);
-    if (!whole) x = vec::keep_lanes(x, low - b * kSub, high - b * kSub, kMasked);
-    if (!whole || tile.cap != 0.0f) vec::store(scores + b * kSub, x);
-    top = vec::max(top, x);
+    vec::store(scores + b * kSub, vec::keep_lanes(x, low - b * kSub, high - b * kSub, kMasked));
+  };
+  const int whole_begin = (low + kSub - 1) / kSub, whole_end = high / kSub;
+  for (int b = begin; b < std::min(whole_begin, end); b++) mask(b);
+  for (int b = std::max(whole_end, begin); b < end; b++) mask(b);
+  vec::Vec16 top = vec::set1(kNoScore), other = top;
+  int b = begin;
+  for (; b + 2 <= end; b += 2) {
+    top = vec::max(top, vec::load(scores + b * kSub));
+    other = vec::max(other, vec::load(scores + (b + 1) * kSub));
   }
-  return vec::reduce_max(top);
+  if (b < end) top = vec::max(top, vec::load(scores + b * kSub));
+  return vec::reduce_max(vec::max(top, other));
 }
 
 // Turns scores into unnormalised probabilities; factors become what earlier sums must be scaled by.
@@ -166,6 +189,8 @@ void update(const Tile& tile, int row, const Range& range, int begin, int end) {
   int column = 0;
   for (; column + 4 * kSub <= tile.v_dim; column += 4 * kSub)
     weigh_columns<T, M, 4, false>(tile, row, range, begin, end, factors, column);
+  for (; column + 2 * kSub <= tile.v_dim; column += 2 * kSub)
+    weigh_columns<T, M, 2, false>(tile, row, range, begin, end, factors, column);
   for (; column + kSub <= tile.v_dim; column += kSub)
     weigh_columns<T, M, 1, false>(tile, row, range, begin, end, factors, column);
   if (column < tile.v_dim) weigh_columns<T, M, 1, true>(tile, row, range, begin, end, factors, column);

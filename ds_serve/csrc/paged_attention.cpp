@@ -134,12 +134,18 @@ void write_run(const Call<T>& c, int64_t first, int count) {
     for (int i = 0; i < count; i++) {
       const int sub = (begin + i) / kSub, lane = (begin + i) % kSub;
       const T* k = c.k + (first + i) * c.k_token + head * c.k_head;
-      const T* v = c.v + (first + i) * c.v_token + head * c.v_head;
       uint32_t* k_line = c.keys(block, head, sub) + lane;
       for (int d = 0; d < c.k_words(); d++) std::memcpy(k_line + d * kSub, k + d * kPerWord<T>, 4);
-      T* v_line = reinterpret_cast<T*>(c.values(block, head, sub) + lane / kPerWord<T> * c.v_dim);
-      v_line += lane % kPerWord<T>;
-      for (int d = 0; d < c.v_dim; d++) v_line[d * kPerWord<T>] = v[d];
+      const T* v = c.v + (first + i) * c.v_token + head * c.v_head;
+      uint32_t* v_line = c.values(block, head, sub) + lane / kPerWord<T> * c.v_dim;
+      if (kPerWord<T> == 2 && lane % 2 == 1 && i > 0) continue;  // written with its neighbour
+      if (kPerWord<T> == 2 && lane % 2 == 0 && i + 1 < count) {
+        const T* next = v + c.v_token;
+        for (int d = 0; d < c.v_dim; d++) v_line[d] = uint32_t(v[d]) | uint32_t(next[d]) << 16;
+      } else {
+        T* elements = reinterpret_cast<T*>(v_line) + lane % kPerWord<T>;
+        for (int d = 0; d < c.v_dim; d++) elements[d * kPerWord<T>] = v[d];
+      }
     }
   }
 }
@@ -216,6 +222,8 @@ void load_range(const Call<T>& c, const Item& item, int64_t first_key, Range& ra
     range.k[line - first_key / kSub] = c.keys(block, item.head, sub);
     range.v[line - first_key / kSub] = c.values(block, item.head, sub);
   }
+  const auto past = range.k + (end - first_key / kSub);
+  std::fill(past, std::end(range.k), past[-1]);
 }
 
 // Divides a row's sums by its softmax denominator and writes it where the output wants it.
