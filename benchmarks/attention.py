@@ -77,7 +77,9 @@ def measure(calls: dict[str, Callable[[], None]], seconds: float) -> dict[str, d
                 call()
                 elapsed = time.perf_counter() - begin
             times[name].append(elapsed * 1e3)
-    return {n: {"min_ms": round(min(t), 4), "median_ms": round(statistics.median(t), 4)} for n, t in times.items()}
+    return {
+        n: {"min_ms": round(min(t), 4), "median_ms": round(statistics.median(t), 4)} for n, t in times.items()
+    }
 
 
 def run_case(name: str, counts: list[int], lengths: list[int], dtype: torch.dtype, seconds: float) -> dict:

@@ -24,7 +24,7 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype, block_size: int
         return f"it computes in bfloat16 and float32, and the dtype is {dtype}"
     if block_size % 16:
         return f"block_size must be a multiple of 16, and is {block_size}"
-    if load_ops() is None or not hasattr(torch.ops.ds_serve, "paged_attention"):
+    if load_ops() is None:
         return "its C++ op could not be built (see the warning above)"
     return None
 

@@ -29,9 +29,22 @@ LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attenti
 # Keywords that models pass along and that change nothing of what attention computes here: the batch
 # says where sequences begin, and positions are in q and k already.
 _HARMLESS = frozenset(
-    "dropout position_ids cache_position use_cache output_hidden_states output_router_logits return_dict "
-    "position_embeddings logits_to_keep num_items_in_batch cu_seq_lens_q cu_seq_lens_k max_length_q "
-    "max_length_k deterministic past_key_values past_key_value".split()
+    {
+        "position_ids",
+        "cache_position",
+        "position_embeddings",
+        "use_cache",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "logits_to_keep",
+        "num_items_in_batch",
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+        "deterministic",
+    }
 )
 
 
@@ -130,7 +143,7 @@ def _refuse_unknown(module: nn.Module, mask: Any, is_causal: bool | None, kwargs
     if is_causal is False or getattr(module, "is_causal", True) is False:
         raise UnsupportedModelError(f"{who} passes is_causal=False: ds_paged is causal")
     for name, value in kwargs.items():
-        if value is None or value is False or name in _HARMLESS:
+        if value is None or value is False or name in _HARMLESS or (name == "dropout" and value == 0):
             continue
         raise UnsupportedModelError(f"{who} passes {name}={_brief(value)}, which ds_paged does not compute")
 
@@ -142,7 +155,7 @@ def _brief(value: Any) -> str:
 def _locality(
     module: nn.Module, mask: MaskSpec | None, sliding_window: int | None
 ) -> tuple[int | None, int | None]:
-    """(window, chunk) of a layer, from the keyword or, where a model gives it to the mask only, from there."""
+    """(window, chunk) of a layer: from the keyword, or from the mask where a model gives it to that only."""
     if mask is None:
         return sliding_window, None
     if _is_chunked(module):
@@ -195,7 +208,9 @@ def _check_supported(model: PreTrainedModel) -> None:
     config = model.config.get_text_config(decoder=True)
     other = sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES)
     if other:
-        raise UnsupportedModelError(f"{who} has layers of type {', '.join(other)}, which ds_paged cannot serve")
+        raise UnsupportedModelError(
+            f"{who} has layers of type {', '.join(other)}, which ds_paged cannot serve"
+        )
 
 
 def probe_layers(

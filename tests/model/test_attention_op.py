@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import pytest
@@ -24,6 +23,10 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 def _op():
     if builder.load_ops() is None:
         pytest.skip("the C++ op cannot be built here")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads that wait for one another on shared cores take seconds
+    yield
+    torch.set_num_threads(threads)
 
 
 @dataclass
@@ -108,7 +111,7 @@ def cases(draw):
 
 
 @given(case=cases())
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_op_equals_reference(case):
     dtype, layer = case["dtype"], case["layer"]
     heads = layer.num_kv_heads * case["group"]
@@ -151,9 +154,7 @@ def test_a_row_does_not_depend_on_its_batch_or_on_threads(dtype):
     together = backend.forward(0, q, k, v, full, scale=0.125)
     alone = Rows(16, 200, 1)
     other = layout.allocate(200, "cpu")
-    threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)
         parts = []
         for begin, end in ((0, 300), (300, 333), (333, 700)):
             batch = alone.step([(0, end - begin)], other, layout)
@@ -165,7 +166,7 @@ def test_a_row_does_not_depend_on_its_batch_or_on_threads(dtype):
         torch.set_num_threads(2)
         assert torch.equal(backend.forward(0, q, k, v, one[0], scale=0.125), single)
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(1)
 
 
 def test_what_a_former_owner_left_does_not_leak():
@@ -245,23 +246,3 @@ def test_select_backend():
         select_backend("cpu", torch.float16, 16, "cpu")
     with pytest.raises(ValueError, match="prefer"):
         select_backend("cpu", torch.float32, 16, "fast")
-
-
-def test_without_a_compiler_there_is_one_warning(monkeypatch):
-    def no_compiler(self, verbose=False):
-        raise RuntimeError("no C++ compiler found")
-
-    monkeypatch.setattr(builder.DsServeOpBuilder, "load", no_compiler)
-    builder.load_ops.cache_clear()
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            assert builder.load_ops() is None
-            assert select_backend("cpu", torch.float32, 16).name == "reference"
-            assert select_backend("cpu", torch.float32, 16).name == "reference"
-        assert [str(w.message) for w in caught if "no C++ compiler found" in str(w.message)]
-        assert len([w for w in caught if w.category is RuntimeWarning]) == 1
-        with pytest.raises(RuntimeError, match="could not be built"):
-            select_backend("cpu", torch.float32, 16, "cpu")
-    finally:
-        builder.load_ops.cache_clear()
