@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 1024  # each; the search for a beginning of one grows with its square
 
 
 def _encodable(text: str) -> str:
@@ -74,6 +75,8 @@ class GenerationBody(_Body):
             raise ValueError("must be a non-empty string or a list of such")
         if len(strings) > MAX_STOP_STRINGS:
             raise ValueError(f"must hold at most {MAX_STOP_STRINGS} strings, got {len(strings)}")
+        if any(len(s) > MAX_STOP_CHARS for s in strings):
+            raise ValueError(f"each must have at most {MAX_STOP_CHARS} characters")
         return strings
 
     @model_validator(mode="after")

@@ -309,6 +309,7 @@ REFUSED = [
     ({"n": 0}, "n", "greater than or equal to 1"),
     ({"stop": ""}, "stop", "non-empty"),
     ({"stop": ["x"] * 17}, "stop", "at most 16"),
+    ({"stop": "x" * 1025}, "stop", "1024 characters"),
     ({"logit_bias": {"x": 1}}, "logit_bias", "token ids"),
     ({"logit_bias": {"4000": 1}}, "logit_bias", "vocabulary of 400"),
     ({"stop_token_ids": [-1]}, "stop_token_ids", "vocabulary"),
