@@ -71,7 +71,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 def _add_generation(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("generation")
-    group.add_argument("--prompt", action="append", help="a prompt (may be given again); default: read stdin")
+    group.add_argument("--prompt", action="append", help="a prompt (repeatable); default: lines of stdin")
     group.add_argument("--chat", action="store_true", help="each prompt is a user's message to a chat model")
     group.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: greedy (default)")
@@ -104,7 +104,7 @@ def _serve(args: dict) -> int:
 
 def _generate(args: dict) -> int:
     """Continue prompts and print the texts: streamed for one prompt, in order for several."""
-    from ds_serve.pipeline import TextGenerationPipeline
+    from ds_serve.pipeline import GenerationError, pipeline
 
     prompts = args["prompt"] or [line.rstrip("\n") for line in sys.stdin]
     if not prompts:
@@ -115,15 +115,22 @@ def _generate(args: dict) -> int:
     if wanted["do_sample"]:
         wanted["temperature"] = args["temperature"]
     settings = _settings(args | {"log_level": args.get("log_level", "warning")})
-    with TextGenerationPipeline(settings) as pipe:
-        if len(prompts) == 1:
-            for delta in pipe(inputs[0], stream=True, return_full_text=False, **wanted):
-                print(delta, end="", flush=True)
-            print()
-        else:
-            for answers in pipe(inputs, return_full_text=False, **wanted):
-                print(answers[0]["generated_text"])
+    with pipeline(**settings.model_dump(exclude_defaults=True)) as pipe:
+        try:
+            _print_texts(pipe, inputs, wanted)
+        except GenerationError as error:
+            raise ValueError(str(error)) from error
     return 0
+
+
+def _print_texts(pipe, inputs: list, wanted: dict) -> None:
+    if len(inputs) == 1:
+        for delta in pipe(inputs[0], stream=True, return_full_text=False, **wanted):
+            print(delta, end="", flush=True)
+        print()
+        return
+    for answers in pipe(inputs, return_full_text=False, **wanted):
+        print(answers[0]["generated_text"])
 
 
 def _readable(error: Exception) -> str:

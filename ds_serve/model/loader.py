@@ -55,12 +55,12 @@ def load(settings: Settings) -> LoadedModel:
     paged attention cannot serve."""
     config = _read_config(settings)
     device = _device(settings)
-    max_model_len = _max_model_len(config.get_text_config(decoder=True), settings.max_model_len)
     module = _shard(_read_weights(settings, config), settings)
     dtype = module.dtype
-    settle_rope(module, max_model_len)
     backend = select_backend(device, dtype, settings.block_size, settings.attention)
     verify_paged(module, lambda: install(module, backend), _layout_of(settings, dtype), backend)
+    max_model_len = _max_model_len(config.get_text_config(decoder=True), settings.max_model_len)
+    settle_rope(module, max_model_len)
     layout = _layout_of(settings, dtype)(module)
     report = inject(module, backend, settings.injection)
     logger.info(

@@ -1,8 +1,8 @@
 """A probe at load: does the paged model give the logits that the plain one gives?
 
-Some models keep state that no flag tells of (recurrence, convolution), or hide a window in their mask. A dozen
-tokens, once through transformers' eager attention and once paged in two chunks, show it before anyone is
-served. Called by the loader.
+Some models keep state that no flag tells of (recurrence, convolution), or hide a window in their mask. A
+dozen tokens, once through transformers' eager attention and once paged in two chunks, show it before anyone
+is served. Called by the loader.
 """
 
 from __future__ import annotations

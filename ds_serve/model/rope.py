@@ -1,7 +1,7 @@
 """Makes rotary embeddings independent of what else is in the batch.
 
-transformers' `longrope` and `dynamic` scalings choose frequencies by the largest position of a forward. Rows of
-different requests share a forward here, so the choice is made once, at load. Called by the loader.
+transformers' `longrope` and `dynamic` scalings choose frequencies by the largest position of a forward. Rows
+of different requests share a forward here, so the choice is made once, at load. Called by the loader.
 """
 
 from __future__ import annotations
