@@ -5,10 +5,13 @@
 // another op (paged_attention.cpp); collectives between shards belong to the caller. Called from
 // ds_serve/model/fused_cpu.py. Without AVX512-BF16 at compile time only has_avx512_bf16() -> false is there.
 #include <omp.h>
+#include <sys/mman.h>
 #include <torch/library.h>
 #include <ATen/ATen.h>
 
 #include <cmath>
+#include <memory>
+#include <mutex>
 #include <vector>
 
 #include "gemm_bf16.h"
@@ -31,6 +34,12 @@ constexpr int64_t MLP_ROWS = 384;  // rows of one pass through the MLP: bounds i
 
 static bf16* ptr(const Tensor& t) { return (bf16*)t.data_ptr(); }
 static const bf16* ptr(OptTensor t) { return t.has_value() ? (const bf16*)t->data_ptr() : nullptr; }
+
+// The packed weights that a caller says come next, or null.
+static const Tensor* given(OptTensor next) {
+  TORCH_CHECK_VALUE(!next.has_value() || (next->dim() == 4 && next->is_contiguous()), "next: must be packed weights");
+  return next.has_value() ? &*next : nullptr;
+}
 
 static void check_bf16(const Tensor& t, const char* name, int64_t dim) {
   TORCH_CHECK_VALUE(t.device().is_cpu() && t.scalar_type() == at::kBFloat16 && t.is_contiguous() && t.dim() == dim,
@@ -79,6 +88,36 @@ static int64_t padded_stride(int64_t k) {
   return even % 1024 == 0 ? even + 32 : even;
 }
 
+// Memory of packed weights: chunks of huge pages (where the system grants them), because streaming weights
+// through pages of 4 KiB costs 10 to 20 % in address translation. A chunk goes when its last tensor does.
+struct Chunk {
+  static constexpr size_t HUGE = 2 << 20, SIZE = 32 << 20;
+  char *map, *at, *end;
+  size_t length;
+
+  explicit Chunk(size_t bytes) : length((std::max(bytes, SIZE) + 2 * HUGE - 1) / HUGE * HUGE) {
+    map = (char*)mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    TORCH_CHECK_WITH(OutOfMemoryError, map != MAP_FAILED, "packed weights: no ", length, " bytes of memory");
+    at = (char*)(((uintptr_t)map + HUGE - 1) / HUGE * HUGE);
+    end = map + length;
+    madvise(at, end - at, MADV_HUGEPAGE);
+  }
+  ~Chunk() { munmap(map, length); }
+};
+
+// Zeros, 64-byte aligned.
+static Tensor weight_memory(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  static std::mutex mutex;
+  static std::weak_ptr<Chunk> current;
+  size_t bytes = (c10::multiply_integers(sizes) * sizeof(bf16) + 63) / 64 * 64;
+  std::lock_guard<std::mutex> lock(mutex);
+  std::shared_ptr<Chunk> chunk = current.lock();
+  if (!chunk || (size_t)(chunk->end - chunk->at) < bytes) current = chunk = std::make_shared<Chunk>(bytes);
+  char* memory = chunk->at;
+  chunk->at += bytes;
+  return at::from_blob(memory, sizes, [chunk](void*) {}, options);
+}
+
 // ---- epilogues: what becomes of a row's 32 sums of one panel ----
 
 struct Store {  // bf16(sum + bias), then bf16(residual + that)
@@ -114,11 +153,15 @@ struct GatedSilu {  // panels hold 16 gate columns, then the 16 up columns they 
 };
 
 // Norm and product of this thread's share, a chunk of rows at a time. Each thread normalises the rows it reads
-// itself (about 1 % of its work), which spares a barrier. norm may be null.
+// itself (about 1 % of its work), which spares a barrier. norm may be null. next are the packed weights of the
+// product that comes after this one, or null: their first panels are fetched at the end.
 template <class Epilogue>
 static void norm_multiply(const bf16* x, int64_t ldx, int64_t m, int64_t k, const bf16* norm, float eps,
-                          const Tensor& w, const Epilogue& epilogue) {
-  Share s = share_of(omp_get_thread_num(), omp_get_num_threads(), m, w.size(0));
+                          const Tensor& w, const Tensor* next, const Epilogue& epilogue) {
+  int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+  Share s = share_of(thread, threads, m, w.size(0));
+  const char* after = nullptr;
+  if (next) after = (const char*)ptr(*next) + share_of(thread, threads, m, next->size(0)).p0 * next->stride(0) * 2;
   int64_t ldn = padded_stride(k);
   for (int64_t row = s.m0; row < s.m1; row += CHUNK) {
     int64_t rows = std::min(CHUNK, s.m1 - row);
@@ -128,7 +171,7 @@ static void norm_multiply(const bf16* x, int64_t ldx, int64_t m, int64_t k, cons
       for (int64_t r = 0; r < rows; ++r) rms_norm_row(in + r * ldx, norm, normed + r * ldn, k, eps);
       in = normed;
     }
-    multiply(in, norm ? ldn : ldx, rows, row, ptr(w), w.size(1), s.p0, s.p1, epilogue);
+    multiply(in, norm ? ldn : ldx, rows, row, ptr(w), w.size(1), s.p0, s.p1, after, epilogue);
   }
 }
 
@@ -138,7 +181,7 @@ static void norm_multiply(const bf16* x, int64_t ldx, int64_t m, int64_t k, cons
 static Tensor pack_weight(const Tensor& w) {
   check_bf16(w, "weight", 2);
   int64_t n = w.size(0), k = w.size(1), panels = ceil_div(n, PANEL), pairs = ceil_div(k, 2);
-  Tensor packed = at::zeros({panels, pairs, PANEL, 2}, w.options());
+  Tensor packed = weight_memory({panels, pairs, PANEL, 2}, w.options());
   const bf16* from = ptr(w);
   bf16* to = ptr(packed);
 #pragma omp parallel for
@@ -157,7 +200,7 @@ static Tensor linear_packed(const Tensor& x_in, const Tensor& w, int64_t n, OptT
   Tensor out = at::empty(with_last(x, n), x.options());
   Store store{ptr(out), n, n, ptr(bias), nullptr};
 #pragma omp parallel
-  norm_multiply(ptr(x), x.size(-1), m, k, nullptr, 0, w, store);
+  norm_multiply(ptr(x), x.size(-1), m, k, nullptr, 0, w, nullptr, store);
   return out;
 }
 
@@ -211,7 +254,8 @@ static void rotate(bf16* x, const bf16* cos, const bf16* sin, int64_t d) {
 static std::tuple<Tensor, Tensor, Tensor> attention_in(const Tensor& x, const Tensor& norm, double eps,
                                                        const Tensor& wqkv, OptTensor bias, OptTensor q_norm,
                                                        OptTensor k_norm, const Tensor& cos, const Tensor& sin,
-                                                       int64_t heads, int64_t kv_heads, int64_t d) {
+                                                       int64_t heads, int64_t kv_heads, int64_t d,
+                                                       OptTensor next) {
   int64_t k = x.size(-1), m = check_rows(x, "x", k), n = (heads + 2 * kv_heads) * d;
   check_vector(norm, "norm", k);
   check_packed(wqkv, "wqkv", n, k);
@@ -226,10 +270,11 @@ static std::tuple<Tensor, Tensor, Tensor> attention_in(const Tensor& x, const Te
   Tensor out = at::empty({m, n}, x.options());
   bf16* qkv = ptr(out);
   Store store{qkv, n, n, ptr(bias), nullptr};
+  const Tensor* then = given(next);
   const bf16 *qn = ptr(q_norm), *kn = ptr(k_norm);
 #pragma omp parallel
   {
-    norm_multiply(ptr(x), k, m, k, ptr(norm), (float)eps, wqkv, store);
+    norm_multiply(ptr(x), k, m, k, ptr(norm), (float)eps, wqkv, then, store);
 #pragma omp barrier
     int64_t items = m * (heads + kv_heads);
 #pragma omp for schedule(static)
@@ -246,7 +291,8 @@ static std::tuple<Tensor, Tensor, Tensor> attention_in(const Tensor& x, const Te
 }
 
 // attended[T, H, D] as [T, K] * W^T (+ bias) (+ residual) -> [T, N], or residual's shape: attention's output.
-static Tensor projection(const Tensor& x_in, const Tensor& w, int64_t n, OptTensor bias, OptTensor residual) {
+static Tensor projection(const Tensor& x_in, const Tensor& w, int64_t n, OptTensor bias, OptTensor residual,
+                         OptTensor next) {
   Tensor x = x_in.contiguous();
   check_bf16(x, "x", 3);
   int64_t m = x.size(0), k = x.size(1) * x.size(2);
@@ -258,15 +304,17 @@ static Tensor projection(const Tensor& x_in, const Tensor& w, int64_t n, OptTens
                       residual->sizes());
   Tensor out = residual.has_value() ? at::empty_like(*residual) : at::empty({m, n}, x.options());
   Store store{ptr(out), n, n, ptr(bias), ptr(residual)};
+  const Tensor* then = given(next);
 #pragma omp parallel
-  norm_multiply(ptr(x), k, m, k, nullptr, 0, w, store);
+  norm_multiply(ptr(x), k, m, k, nullptr, 0, w, then, store);
   return out;
 }
 
 // RMSNorm, gate and up, SiLU(gate) * up, down (+ x as residual). x[..., K] -> the same. wgu's rows alternate
 // 16 of gate with 16 of up, as bias_gu's elements do; wdown takes `inner` inputs.
 static Tensor mlp(const Tensor& x, const Tensor& norm, double eps, const Tensor& wgu, OptTensor bias_gu,
-                  const Tensor& wdown, OptTensor bias_down, int64_t inner, bool residual) {
+                  const Tensor& wdown, OptTensor bias_down, int64_t inner, bool residual,
+                  OptTensor next) {
   int64_t k = x.size(-1), m = check_rows(x, "x", k);
   check_vector(norm, "norm", k);
   TORCH_CHECK_VALUE(k % 2 == 0 && inner % 16 == 0, "x, inner: must be multiples of 2 and 16, got ", k, ", ", inner);
@@ -278,14 +326,15 @@ static Tensor mlp(const Tensor& x, const Tensor& norm, double eps, const Tensor&
   int64_t ld = padded_stride(inner);
   bf16* product = scratch(1, std::min(m, MLP_ROWS) * ld);
   GatedSilu gated{product, ld, ptr(bias_gu)};
+  const Tensor* then = given(next);
 #pragma omp parallel
   for (int64_t row = 0; row < m; row += MLP_ROWS) {
     int64_t rows = std::min(MLP_ROWS, m - row);
     const bf16* in = ptr(x) + row * k;
     Store store{ptr(out) + row * k, k, k, ptr(bias_down), residual ? in : nullptr};
-    norm_multiply(in, k, rows, k, ptr(norm), (float)eps, wgu, gated);
+    norm_multiply(in, k, rows, k, ptr(norm), (float)eps, wgu, &wdown, gated);
 #pragma omp barrier
-    norm_multiply(product, ld, rows, inner, nullptr, 0, wdown, store);
+    norm_multiply(product, ld, rows, inner, nullptr, 0, wdown, row + rows < m ? &wgu : then, store);
 #pragma omp barrier
   }
   return out;
@@ -302,10 +351,12 @@ TORCH_LIBRARY_FRAGMENT(ds_serve, m) {
   m.def("embedding_packed(Tensor ids, Tensor weight, int n, int k) -> Tensor", &ds_serve::embedding_packed);
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", &ds_serve::rms_norm);
   m.def("attention_in(Tensor x, Tensor norm, float eps, Tensor wqkv, Tensor? bias, Tensor? q_norm, Tensor? k_norm, "
-        "Tensor cos, Tensor sin, int heads, int kv_heads, int head_dim) -> (Tensor, Tensor, Tensor)",
+        "Tensor cos, Tensor sin, int heads, int kv_heads, int head_dim, "
+        "Tensor? next) -> (Tensor, Tensor, Tensor)",
         &ds_serve::attention_in);
-  m.def("projection(Tensor x, Tensor weight, int n, Tensor? bias, Tensor? residual) -> Tensor", &ds_serve::projection);
+  m.def("projection(Tensor x, Tensor weight, int n, Tensor? bias, Tensor? residual, Tensor? next) -> Tensor",
+        &ds_serve::projection);
   m.def("mlp(Tensor x, Tensor norm, float eps, Tensor wgu, Tensor? bias_gu, Tensor wdown, Tensor? bias_down, "
-        "int inner, bool residual) -> Tensor", &ds_serve::mlp);
+        "int inner, bool residual, Tensor? next) -> Tensor", &ds_serve::mlp);
 #endif
 }

@@ -23,6 +23,8 @@ constexpr int64_t PANEL = 32;      // columns of a panel: two registers of 16 su
 constexpr int64_t TILE_ROWS = 12;  // rows of a tile: 24 of 32 registers hold sums
 constexpr int64_t CHUNK = 96;      // rows whose inputs stay in L2 while all panels pass by
 
+constexpr int64_t AHEAD = 96 << 10;  // bytes of weights between what is multiplied and what is fetched into L2
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline __m512 widen(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
@@ -97,24 +99,27 @@ void tile_any(int64_t rows, const bf16* x, int64_t ldx, const bf16* panel, int64
 }
 
 // Multiplies rows [0, m) at x by panels [p0, p1), calling epilogue(row0 + row, panel, sums 0..15, sums 16..31).
-// x must be readable up to an even K. While one panel is multiplied the next is fetched.
+// x must be readable up to an even K. The first two tiles of rows fetch weights AHEAD bytes further on, the last
+// panels those at `after`, which is what this thread reads next (or null).
 template <class Epilogue>
 void multiply(const bf16* x, int64_t ldx, int64_t m, int64_t row0, const bf16* packed, int64_t pairs, int64_t p0,
-              int64_t p1, const Epilogue& epilogue) {
+              int64_t p1, const char* after, const Epilogue& epilogue) {
   if (m <= 0) return;
-  int64_t tiles = ceil_div(m, TILE_ROWS);
+  int64_t tiles = ceil_div(m, TILE_ROWS), bytes = pairs * 2 * PANEL * sizeof(bf16), total = (p1 - p0) * bytes;
+  const char* stream = (const char*)packed + p0 * bytes;
   for (int64_t p = p0; p < p1; ++p) {
     const bf16* panel = packed + p * pairs * 2 * PANEL;
-    const char* next = (const char*)(panel + pairs * 2 * PANEL);
     for (int64_t t = 0; t < tiles; ++t) {
       int64_t from = m * t / tiles, rows = m * (t + 1) / tiles - from;
+      int64_t at = (p - p0) * bytes + t * bytes / 2 + AHEAD;
+      const char* ahead = at < total ? stream + at : after ? after + (at - total) : nullptr;
       const bf16* in = x + from * ldx;
-      if (tiles == 1)
-        tile_any<2>(rows, in, ldx, panel, pairs, next, row0 + from, p, epilogue);
-      else if (t < 2)
-        tile_any<1>(rows, in, ldx, panel, pairs, next + t * pairs * 64, row0 + from, p, epilogue);
+      if (t >= 2 || !ahead)
+        tile_any<0>(rows, in, ldx, panel, pairs, nullptr, row0 + from, p, epilogue);
+      else if (tiles == 1)
+        tile_any<2>(rows, in, ldx, panel, pairs, ahead, row0 + from, p, epilogue);
       else
-        tile_any<0>(rows, in, ldx, panel, pairs, next, row0 + from, p, epilogue);
+        tile_any<1>(rows, in, ldx, panel, pairs, ahead, row0 + from, p, epilogue);
     }
   }
 }

@@ -1,4 +1,4 @@
-"""Modules that compute what Llama-like bf16 modules of transformers do, with packed weights and fused ops on CPU.
+"""What Llama-like bf16 modules of transformers compute, on CPU with packed weights and fused ops.
 
 A weight is packed once (csrc/gemm_bf16.h says how) and the packed form is the only one kept. A decoder
 layer is four ops: norm + QKV + RoPE, the backend's paged attention, output projection + residual, norm +
@@ -100,6 +100,16 @@ class PackedEmbedding(nn.Module):
         return OPS.embedding_packed(input_ids, self.packed, self.num_embeddings, self.embedding_dim)
 
 
+class LayerList(nn.ModuleList):
+    """A ModuleList whose slice of everything is itself: the model's loop takes one at each step, and a new
+    ModuleList of thirty layers costs as much as several of their ops in a decode step."""
+
+    def __getitem__(self, index):
+        if isinstance(index, slice) and index.indices(len(self)) == (0, len(self), 1):
+            return self
+        return super().__getitem__(index)
+
+
 class FusedDecoderLayer(nn.Module):
     """A Llama, Mistral, Qwen2 or Qwen3 decoder layer in four ops.
 
@@ -123,8 +133,13 @@ class FusedDecoderLayer(nn.Module):
         self.scaling, self.window, self.reduce = float(attention.scaling), window, reduce
         if hasattr(layer, "attention_type"):  # the model's loop reads it in older transformers
             self.attention_type = layer.attention_type
+        self._next: tuple[torch.Tensor | None] = (None,)
         self._take_attention(attention, layer.input_layernorm)
         self._take_mlp(ffn, layer.post_attention_layernorm)
+
+    def precede(self, following: FusedDecoderLayer | PackedLinear) -> None:
+        """Says what runs after this layer, so that its first weights are fetched at this layer's end."""
+        self._next = (following.packed if isinstance(following, PackedLinear) else following._in[2],)
 
     def _keep(self, name: str, tensor: torch.Tensor | None) -> torch.Tensor | None:
         """Registers tensor as a parameter, so that the model's bytes are still counted, and returns it."""
@@ -179,11 +194,11 @@ class FusedDecoderLayer(nn.Module):
         if past_key_values is not None or use_cache:
             raise ValueError("use_cache: must be False, KV lies in the attention batch's slab")
         x = hidden_states
-        q, k, v = OPS.attention_in(x, *self._in, *position_embeddings, *self._heads)
+        q, k, v = OPS.attention_in(x, *self._in, *position_embeddings, *self._heads, self._out[0])
         attended = self._attend(q, k, v)
         if self.reduce is None:
-            x = OPS.projection(attended, *self._out, self._out_bias, x)
-            return OPS.mlp(x, *self._mlp, self._down_bias, self._inner, True)
+            x = OPS.projection(attended, *self._out, self._out_bias, x, self._mlp[2])
+            return OPS.mlp(x, *self._mlp, self._down_bias, self._inner, True, *self._next)
         return self._sharded(attended, x)
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -204,7 +219,7 @@ class FusedDecoderLayer(nn.Module):
         return x
 
     def _attention_part(self, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return OPS.projection(attended, *self._out, None, None)
+        return OPS.projection(attended, *self._out, None, None, self._mlp[2])
 
     def _mlp_part(self, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return OPS.mlp(x, *self._mlp, None, self._inner, False)
+        return OPS.mlp(x, *self._mlp, None, self._inner, False, *self._next)

@@ -13,17 +13,18 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ds_serve.attention.backends import Backend
 from ds_serve.attention.builder import load_ops
 from ds_serve.attention.context import AttentionBatch, use_batch
-from ds_serve.attention.interface import NAME
+from ds_serve.attention.interface import NAME, paged_attention
 from ds_serve.attention.layout import KVLayout, LayerKV
-from ds_serve.model.fused_cpu import FusedDecoderLayer, FusedRMSNorm, PackedEmbedding, PackedLinear
+from ds_serve.model.fused_cpu import FusedDecoderLayer, FusedRMSNorm, LayerList, PackedEmbedding, PackedLinear
 
 # transformers.models.<family>.modeling_<family>.<Prefix>DecoderLayer and so on
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
@@ -31,6 +32,11 @@ FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "
 # Largest accepted ||fused - original|| / ||original - input||, norms over the probe's tokens. Sums in
 # another order flip last bits of bf16 (2^-9): what is seen is 0.002 to 0.006; a wrong weight gives over 0.05.
 MAX_RELATIVE_ERROR = 0.02
+
+# Attention as NAME does it, under a name without a mask function: transformers then builds no mask, which
+# costs as much as a fused layer in a decode step. The known families give a window to attention itself.
+NAME_WITHOUT_MASK = NAME + "_no_mask"
+ALL_ATTENTION_FUNCTIONS.register(NAME_WITHOUT_MASK, paged_attention)
 
 _PROBE_LENGTHS = (3, 14)  # two sequences; with 17 tokens a product has more than one tile of rows
 
@@ -80,7 +86,19 @@ def inject(model: nn.Module, backend: Backend, mode: Literal["auto", "off"] = "a
             report.injected += 1
         except _Mismatch as mismatch:
             report.keep(str(mismatch))
+    if any(isinstance(layer, FusedDecoderLayer) for layer in model.base_model.layers):
+        _shorten_loop(model)
     return report
+
+
+def _shorten_loop(model: nn.Module) -> None:
+    """Links neighbours, and spares the model's own loop over the layers what they do not need."""
+    base, head = model.base_model, model.get_output_embeddings()
+    for layer, following in zip(base.layers, [*base.layers, head][1:], strict=True):
+        if isinstance(layer, FusedDecoderLayer) and isinstance(following, FusedDecoderLayer | PackedLinear):
+            layer.precede(following)
+    base.layers = LayerList(base.layers)
+    model.config._attn_implementation = NAME_WITHOUT_MASK
 
 
 def _unavailable(model: nn.Module) -> str | None:
@@ -114,7 +132,7 @@ def _decoder_layers(model: nn.Module) -> Iterator[tuple[nn.ModuleList, int]]:
 
 
 def _sites(model: nn.Module, backend: Backend) -> Iterator[Callable[[], float]]:
-    """One call for each module of a known model that may be replaced: returns its error or raises _Mismatch."""
+    """One call for each module of a known model that may be replaced: its error, or raises _Mismatch."""
     family = _family(model)
     if family is None:
         return
