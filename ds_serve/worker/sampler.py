@@ -22,13 +22,13 @@ import torch
 from ds_serve.messages import SamplingParams, TokenLogprob
 from ds_serve.worker.draw import (
     NUCLEUS_CANDIDATES,
-    WEIGHT_ONE,
     Filter,
     argmax,
     least_kept,
     pick,
+    pick_above,
+    true_entries,
     uniforms,
-    weigh,
 )
 
 MIN_TEMPERATURE = 1e-30  # below it float32 would divide by zero; by then the draw is greedy anyway
@@ -92,7 +92,7 @@ class _Slot:
 class _Plan:
     """What sampling a list of slots needs besides the logits; derived once while the list stays the same.
 
-    Row indices count the batch's rows, but for `filtered`, which counts the random ones.
+    Row indices count the batch's rows, but for `filtered` and `unfiltered`, which count the random ones.
     None stands for "no row wants it".
     """
 
@@ -103,9 +103,9 @@ class _Plan:
     random_rows: np.ndarray  # the same on the host
     seeds: np.ndarray  # uint64, one a random row
     temperature: torch.Tensor | None  # [random, 1]
-    min_weight: torch.Tensor | None  # min_p as a weight, [random, 1]
+    filter: Filter | None  # of the rows filtered
     filtered: torch.Tensor | None
-    filter: Filter | None
+    unfiltered: torch.Tensor | None
     logprob_rows: tuple[tuple[int, int], ...]
     logprob_index: torch.Tensor | None
 
@@ -214,7 +214,7 @@ class Sampler:
         scores = self._edit(raw, plan, at) if plan.edits_logits else raw
         tokens, valid = argmax(scores)
         if plan.random is not None:
-            drawn = self._draw(scores[plan.random], plan, at)
+            drawn = self._draw(scores.index_select(0, plan.random), plan, at)
             tokens = tokens.index_copy(0, plan.random, drawn)
         tokens = torch.where(valid, tokens, 0)
         if not plan.logprob_rows:
@@ -231,12 +231,7 @@ class Sampler:
             rows, ids, values = plan.bias
             scores = scores.index_put((rows, ids), values, accumulate=True)
         if plan.penalty is not None:
-            rows, table_rows, repetition, presence, frequency = plan.penalty
-            part, counts = scores[rows], self._counts[table_rows]
-            repeated = torch.where(part < 0, part * repetition, part / repetition)
-            part = torch.where(self._seen[table_rows], repeated, part)
-            part = part - frequency * counts - presence * (counts > 0)
-            scores = scores.index_copy(0, rows, part)
+            scores = self._penalise(scores, *plan.penalty)
         if plan.ends is not None:
             rows, ids, allowed_from = plan.ends
             early = positions[rows] < allowed_from
@@ -245,10 +240,40 @@ class Sampler:
                 scores = scores.index_put(index, scores.new_tensor(-torch.inf))
         return scores
 
+    def _penalise(
+        self,
+        scores: torch.Tensor,
+        rows: torch.Tensor,
+        table_rows: torch.Tensor,
+        repetition: torch.Tensor,
+        presence: torch.Tensor,
+        frequency: torch.Tensor,
+    ) -> torch.Tensor:
+        """Penalises the tokens that a row has seen, a few among the whole vocabulary."""
+        which, tokens = true_entries(self._seen[table_rows])
+        index = (rows[which], tokens)
+        counts = self._counts[table_rows[which], tokens]
+        values, repetition = scores[index], repetition[which, 0]
+        values = torch.where(values < 0, values * repetition, values / repetition)
+        values = values - frequency[which, 0] * counts - presence[which, 0] * (counts > 0)
+        return scores.index_put(index, values)
+
     def _draw(self, scores: torch.Tensor, plan: _Plan, positions: np.ndarray) -> torch.Tensor:
         """Token ids int64 [R] of the random rows' scores [R, V], which are overwritten."""
-        uniform = uniforms(plan.seeds, positions[plan.random_rows])
-        return pick(_survivors(scores, plan), torch.from_numpy(uniform).to(self.device))
+        distance = scores.sub_(scores.amax(-1, keepdim=True)).div_(plan.temperature)
+        uniform = torch.from_numpy(uniforms(plan.seeds, positions[plan.random_rows])).to(self.device)
+        if plan.filter is None:
+            return pick(distance, torch.full_like(plan.temperature, -torch.inf), uniform)
+        if plan.unfiltered is None:
+            return pick_above(distance, least_kept(distance, plan.filter), uniform)
+        drawn = torch.empty_like(plan.random)
+        for part, limits in ((plan.filtered, plan.filter), (plan.unfiltered, None)):
+            some, point = distance[part], uniform[part]
+            if limits is None:
+                drawn[part] = pick(some, torch.full_like(some[:, :1], -torch.inf), point)
+            else:
+                drawn[part] = pick_above(some, least_kept(some, limits), point)
+        return drawn
 
     # -- what a list of slots asks for ---------------------------------------------------------
 
@@ -270,7 +295,8 @@ class Sampler:
         params = [slot.params for slot in batch]
         random = [row for row, p in enumerate(params) if not p.greedy]
         drawn = [params[row] for row in random]
-        filtered = [row for row, p in enumerate(drawn) if 0 < p.top_k < self.vocab_size or p.top_p < 1.0]
+        filtered = [row for row, p in enumerate(drawn) if self._filters(p)]
+        unfiltered = [row for row, p in enumerate(drawn) if not self._filters(p)]
         logprob_rows = tuple((row, p.logprobs) for row, p in enumerate(params) if p.logprobs is not None)
         return _Plan(
             bias=self._plan_bias(params),
@@ -282,28 +308,28 @@ class Sampler:
             temperature=self._column([max(p.temperature, MIN_TEMPERATURE) for p in drawn])
             if random
             else None,
-            min_weight=(
-                self._column([p.min_p * WEIGHT_ONE for p in drawn])
-                if any(p.min_p > 0 for p in drawn)
-                else None
-            ),
-            filtered=self._index(filtered) if filtered else None,
             filter=self._plan_filter([drawn[row] for row in filtered]) if filtered else None,
+            filtered=self._index(filtered) if filtered else None,
+            unfiltered=self._index(unfiltered) if unfiltered else None,
             logprob_rows=logprob_rows,
             logprob_index=self._index([row for row, _ in logprob_rows]),
         )
 
+    def _filters(self, params: SamplingParams) -> bool:
+        return 0 < params.top_k < self.vocab_size or params.top_p < 1.0 or params.min_p > 0.0
+
     def _plan_filter(self, params: list[SamplingParams]) -> Filter:
         top_k = [min(p.top_k, self.vocab_size) or self.vocab_size for p in params]
-        nucleus_only = [k == self.vocab_size for k in top_k]
-        bounds = [NUCLEUS_CANDIDATES if k == self.vocab_size else k for k in top_k]
+        unbounded = [k == self.vocab_size for k in top_k]
+        nucleus = [row for row, p in enumerate(params) if unbounded[row] and p.top_p < 1.0]
+        bounds = [k for k in top_k if k < self.vocab_size] + [NUCLEUS_CANDIDATES] * bool(nucleus)
         return Filter(
             top_k=self._index(top_k)[:, None],
             top_p=self._column([p.top_p if p.top_p < 1.0 else np.inf for p in params], torch.float64),
-            num_candidates=min(max(bounds), self.vocab_size),
-            nucleus_only=torch.tensor(nucleus_only, device=self.device)[:, None]
-            if any(nucleus_only)
-            else None,
+            min_distance=self._column([np.log(p.min_p) if p.min_p > 0 else -np.inf for p in params]),
+            unbounded=torch.tensor(unbounded, device=self.device)[:, None] if any(unbounded) else None,
+            nucleus=self._index(nucleus) if nucleus else None,
+            num_candidates=min(max(bounds, default=0), self.vocab_size),
         )
 
     def _plan_bias(self, params: list[SamplingParams]) -> tuple[torch.Tensor, ...] | None:
@@ -337,17 +363,3 @@ class Sampler:
 
     def _column(self, values, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)[:, None]
-
-
-def _survivors(scores: torch.Tensor, plan: _Plan) -> torch.Tensor:
-    """int64 weights [R, V] of the random rows' scores (overwritten), 0 where a filter drops a token."""
-    distance = scores.sub_(scores.amax(-1, keepdim=True)).div_(plan.temperature)
-    weights = weigh(distance)
-    if plan.filter is not None:
-        part = slice(None) if len(plan.filtered) == len(distance) else plan.filtered
-        least = torch.full_like(plan.temperature, -torch.inf)
-        least[part] = least_kept(distance[part], weights[part], plan.filter)
-        weights.mul_(distance >= least)
-    if plan.min_weight is not None:
-        weights.mul_(weights >= plan.min_weight)
-    return weights

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from ds_serve.messages import SamplingParams
-from ds_serve.worker.draw import NUCLEUS_CANDIDATES, uniforms
-from ds_serve.worker.sampler import NonFiniteLogits, Sampler, _survivors
+from ds_serve.worker.draw import NUCLEUS_CANDIDATES, least_kept, pick, uniforms, weigh
+from ds_serve.worker.sampler import NonFiniteLogits, Sampler
 
 VOCAB = 64
 SEVERAL = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -43,8 +43,12 @@ def distribution(params, logits: torch.Tensor, tokens=(), num_prompt: int = 0) -
     sampler = Sampler(1, logits.shape[-1])
     sampler.admit(0, params, list(tokens), num_prompt)
     plan = sampler._plan([0])
-    weights = _survivors(sampler._edit(logits[None], plan, np.array([len(tokens)])).clone(), plan)[0].double()
-    return weights / weights.sum()
+    scores = sampler._edit(logits[None], plan, np.array([len(tokens)]))
+    distance = (scores - scores.amax()) / plan.temperature
+    weights = weigh(distance).double()
+    if plan.filter is not None:
+        weights *= distance >= least_kept(distance, plan.filter)
+    return weights[0] / weights.sum()
 
 
 def reference(params: SamplingParams, logits: torch.Tensor, tokens=(), num_prompt: int = 0) -> torch.Tensor:
@@ -104,9 +108,11 @@ def test_distribution_is_that_of_transformers(fields, seed, tokens, data):
         **{**fields, "top_p": 1.0, "min_p": 0.0}, eos_token_ids=(3, 7), stop_token_ids=(9,)
     )
     full = reference(unfiltered, logits, tokens, num_prompt)
-    assume(((full.sort(descending=True).values.cumsum(0) - params.top_p).abs() > 1e-5).all())
-    assume(((full / full.max() - params.min_p).abs() > 1e-5).all())
-    assert torch.equal(found > 0, wanted > 1e-11)
+    if params.top_p < 1.0:
+        assume(((full.sort(descending=True).values.cumsum(0) - params.top_p).abs() > 1e-5).all())
+    if params.min_p > 0.0:
+        assume((full[full < full.max()] / full.max() / params.min_p - 1).abs().min() > 1e-4)
+    assert torch.equal(found > 1e-10, wanted > 1e-10)
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-4)
 
 
@@ -145,6 +151,36 @@ def test_presence_and_frequency_count_output_only():
     wanted[5] -= 0.5 + 3 * 0.25
     found = distribution(params, logits, prompt + output, len(prompt))
     torch.testing.assert_close(found, wanted.double().softmax(-1), atol=1e-6, rtol=1e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 300), st.sampled_from([0.05, 1.0, 8.0]), st.booleans())
+def test_a_draw_reads_the_same_from_survivors_as_from_the_whole_row(seed, top_k, spread, ties):
+    vocabulary, rows = 3000, 6
+    logits = random_logits(seed, rows, vocabulary, spread=spread)
+    if ties:
+        logits = logits.bfloat16().float()
+    sampler = Sampler(rows, vocabulary)
+    for slot in range(rows):
+        kinds = {"top_k": (slot % 2) * top_k, "top_p": 0.9 if slot % 3 else 1.0, "min_p": 0.02 * (slot > 3)}
+        sampler.admit(slot, make_params(**kinds, seed=seed + slot), [], 0)
+    slots = list(range(rows))
+    found = sampler.sample(logits, slots, [4] * rows).token_ids.tolist()
+    for slot in slots:
+        params = sampler._slots[slot].params
+        distance = logits[[slot]] - logits[slot].max()
+        least = torch.full((1, 1), -torch.inf)
+        if params.top_k:
+            least = distance.topk(params.top_k).values[:, -1:]
+        if params.top_p < 1.0:
+            weights = weigh(distance) * (distance >= least)
+            best, order = weights.sort(descending=True)
+            inside = best.cumsum(-1) - best < params.top_p * weights.sum()
+            least = distance[:, order[inside][-1], None]
+        if params.min_p:
+            least = least.clamp(min=np.log(params.min_p))
+        uniform = torch.from_numpy(uniforms(np.array([seed + slot], dtype=np.uint64), np.array([4])))
+        assert found[slot] == pick(distance, least, uniform).item()
 
 
 # -- greedy -------------------------------------------------------------------------------------
