@@ -93,6 +93,9 @@ def _num_blocks(model: LoadedModel, settings: Settings) -> int:
     memory = settings.kv_cache_memory
     if memory is None:
         memory = min(DEFAULT_KV_LIMIT, int(psutil.virtual_memory().available * DEFAULT_KV_SHARE))
+        # More than twice what a full batch of the longest requests fills would only slow the start.
+        most = 2 * settings.max_num_seqs * -(-model.max_model_len // settings.block_size)
+        memory = min(memory, most * model.layout.bytes_per_block)
     blocks = memory // model.layout.bytes_per_block
     if blocks < 1:
         raise ModelLoadError(
