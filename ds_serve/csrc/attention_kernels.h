@@ -14,7 +14,12 @@ namespace ds_serve {
 
 constexpr int kSub = 16;            // tokens in one line of K
 constexpr int kRange = 256;         // keys in one softmax update; ranges begin at multiples of it
-constexpr int kMicroRows = 6;       // query rows whose sums stay in registers
+constexpr int kMicroRows = 6;       // query rows whose sums stay in registers ...
+#ifdef DS_SERVE_AVX512
+constexpr int kWide = 4;            // ... for so many times 16 keys or columns
+#else
+constexpr int kWide = 1;
+#endif
 constexpr float kNoScore = -1e30f;  // below any score, and finite: a row without visible keys stays exact
 constexpr float kMasked = -__builtin_inff();
 
@@ -86,11 +91,13 @@ void score(const Tile& tile, int row, const Range& range, int begin, int end) {
     score_blocks<T, M, N>(q, tile.k_words, range.k + b, range.v + b, tile.scale, tile.scores + b * kSub);
   };
   int b = begin;
-  for (; b + 4 <= end; b += 4) blocks.template operator()<4>(b);
-  switch (end - b) {
-    case 3: blocks.template operator()<3>(b); break;
-    case 2: blocks.template operator()<2>(b); break;
-    case 1: blocks.template operator()<1>(b); break;
+  for (; b + kWide <= end; b += kWide) blocks.template operator()<kWide>(b);
+  if constexpr (kWide == 4) {
+    switch (end - b) {
+      case 3: blocks.template operator()<3>(b); break;
+      case 2: blocks.template operator()<2>(b); break;
+      case 1: blocks.template operator()<1>(b); break;
+    }
   }
 }
 
@@ -187,10 +194,12 @@ void update(const Tile& tile, int row, const Range& range, int begin, int end) {
   score<T, M>(tile, row, range, begin, end);
   softmax<T, M>(tile, row, range, begin, end, factors);
   int column = 0;
-  for (; column + 4 * kSub <= tile.v_dim; column += 4 * kSub)
-    weigh_columns<T, M, 4, false>(tile, row, range, begin, end, factors, column);
-  for (; column + 2 * kSub <= tile.v_dim; column += 2 * kSub)
+  for (; column + kWide * kSub <= tile.v_dim; column += kWide * kSub)
+    weigh_columns<T, M, kWide, false>(tile, row, range, begin, end, factors, column);
+  if (kWide > 2 && column + 2 * kSub <= tile.v_dim) {
     weigh_columns<T, M, 2, false>(tile, row, range, begin, end, factors, column);
+    column += 2 * kSub;
+  }
   for (; column + kSub <= tile.v_dim; column += kSub)
     weigh_columns<T, M, 1, false>(tile, row, range, begin, end, factors, column);
   if (column < tile.v_dim) weigh_columns<T, M, 1, true>(tile, row, range, begin, end, factors, column);

@@ -128,90 +128,166 @@ DS_INLINE Vec16 exp2(Vec16 x) {
   return _mm512_scalef_ps(p, x);  // p * 2^floor(x)
 }
 
-#else  // vector extensions
+#else  // vector extensions, as wide as the processor's registers
 
-typedef float Vec16 __attribute__((vector_size(64)));
-typedef uint32_t Word16 __attribute__((vector_size(64)));
-typedef int32_t Int16 __attribute__((vector_size(64)));
-typedef uint16_t Half16 __attribute__((vector_size(32)));
+#ifdef __AVX__
+constexpr int kPartLanes = 8;
+#else
+constexpr int kPartLanes = 4;
+#endif
+constexpr int kParts = kLanes / kPartLanes;
+typedef float FloatPart __attribute__((vector_size(4 * kPartLanes)));
+typedef uint32_t WordPart __attribute__((vector_size(4 * kPartLanes)));
+typedef int32_t IntPart __attribute__((vector_size(4 * kPartLanes)));
+typedef uint16_t HalfPart __attribute__((vector_size(2 * kPartLanes)));
 
-DS_INLINE Vec16 set1(float x) { return Vec16{} + x; }
-DS_INLINE Word16 set1_word(uint32_t x) { return Word16{} + x; }
-template <typename V, typename P>
-DS_INLINE V load_bytes(const P* p, int n) {
-  V out{};
-  std::memcpy(&out, p, sizeof(P) * (n < 16 ? n : 16));
+// An array of registers, not one long vector: compilers keep such vectors in memory.
+struct Vec16 {
+  FloatPart part[kParts];
+};
+struct Word16 {
+  WordPart part[kParts];
+};
+#define DS_EACH _Pragma("GCC unroll 4") for (int i = 0; i < kParts; i++)
+
+#define DS_OPERATOR(op)                                    \
+  DS_INLINE Vec16 operator op(Vec16 a, Vec16 b) {          \
+    DS_EACH a.part[i] = a.part[i] op b.part[i];            \
+    return a;                                              \
+  }
+DS_OPERATOR(+)
+DS_OPERATOR(-)
+DS_OPERATOR(*)
+DS_OPERATOR(/)
+#undef DS_OPERATOR
+
+DS_INLINE Vec16 set1(float x) {
+  Vec16 out;
+  DS_EACH out.part[i] = FloatPart{} + x;
   return out;
 }
-DS_INLINE Vec16 load(const float* p) { return load_bytes<Vec16>(p, 16); }
-DS_INLINE Vec16 load(const float* p, int n) { return load_bytes<Vec16>(p, n); }
-DS_INLINE void store(float* p, Vec16 x) { std::memcpy(p, &x, 64); }
-DS_INLINE void store(float* p, Vec16 x, int n) { std::memcpy(p, &x, 4 * (n < 16 ? n : 16)); }
-DS_INLINE Word16 load_words(const uint32_t* p) { return load_bytes<Word16>(p, 16); }
-DS_INLINE Word16 load_words(const uint32_t* p, int n) { return load_bytes<Word16>(p, n); }
-DS_INLINE Vec16 widen(Half16 x) { return (Vec16)(__builtin_convertvector(x, Word16) << 16); }
-DS_INLINE Vec16 load(const bf16* p) { return widen(load_bytes<Half16>(p, 16)); }
-DS_INLINE Vec16 load(const bf16* p, int n) { return widen(load_bytes<Half16>(p, n)); }
-DS_INLINE Half16 narrow(Vec16 x) {
-  Word16 bits = (Word16)x;
-  Word16 rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  Word16 nan = (Word16)(x != x);
-  return __builtin_convertvector(((rounded & ~nan) | ((bits | 0x400000) & nan)) >> 16, Half16);
+DS_INLINE Word16 set1_word(uint32_t x) {
+  Word16 out;
+  DS_EACH out.part[i] = WordPart{} + x;
+  return out;
+}
+template <typename V, typename P>
+DS_INLINE V load_parts(const P* p) {
+  V out;
+  DS_EACH std::memcpy(&out.part[i], p + i * kPartLanes, sizeof(out.part[i]));
+  return out;
+}
+DS_INLINE Vec16 load(const float* p) { return load_parts<Vec16>(p); }
+DS_INLINE Word16 load_words(const uint32_t* p) { return load_parts<Word16>(p); }
+DS_INLINE Vec16 load(const bf16* p) {
+  Vec16 out;
+  DS_EACH {
+    HalfPart half;
+    std::memcpy(&half, p + i * kPartLanes, sizeof half);
+    out.part[i] = (FloatPart)(__builtin_convertvector(half, WordPart) << 16);
+  }
+  return out;
+}
+DS_INLINE void store(float* p, Vec16 x) {
+  DS_EACH std::memcpy(p + i * kPartLanes, &x.part[i], sizeof x.part[i]);
 }
 DS_INLINE void store(bf16* p, Vec16 x) {
-  Half16 h = narrow(x);
-  std::memcpy(p, &h, 32);
+  DS_EACH {
+    WordPart bits = (WordPart)x.part[i];
+    WordPart rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    WordPart nan = (WordPart)(x.part[i] != x.part[i]);
+    HalfPart half = __builtin_convertvector(((rounded & ~nan) | ((bits | 0x400000) & nan)) >> 16, HalfPart);
+    std::memcpy(p + i * kPartLanes, &half, sizeof half);
+  }
 }
-DS_INLINE void store(bf16* p, Vec16 x, int n) {
-  Half16 h = narrow(x);
-  std::memcpy(p, &h, 2 * (n < 16 ? n : 16));
+// The first n lanes only.
+template <typename P>
+DS_INLINE auto load_first(const P* p, int n) {
+  P copy[kLanes] = {};
+  std::memcpy(copy, p, sizeof(P) * (n < kLanes ? n : kLanes));
+  if constexpr (sizeof(P) == 4 && P(-1) > P(0)) {
+    return load_words(copy);
+  } else {
+    return load(copy);
+  }
 }
+DS_INLINE Vec16 load(const float* p, int n) { return load_first(p, n); }
+DS_INLINE Vec16 load(const bf16* p, int n) { return load_first(p, n); }
+DS_INLINE Word16 load_words(const uint32_t* p, int n) { return load_first(p, n); }
+template <typename P>
+DS_INLINE void store(P* p, Vec16 x, int n) {
+  P copy[kLanes];
+  store(copy, x);
+  std::memcpy(p, copy, sizeof(P) * (n < kLanes ? n : kLanes));
+}
+
 DS_INLINE Vec16 fma(Vec16 a, Vec16 b, Vec16 c) { return a * b + c; }
-DS_INLINE Vec16 max(Vec16 a, Vec16 b) { return a > b ? a : b; }
-DS_INLINE Vec16 min(Vec16 a, Vec16 b) { return a < b ? a : b; }
-DS_INLINE Vec16 abs(Vec16 a) { return (Vec16)((Word16)a & 0x7fffffffu); }
+DS_INLINE Vec16 max(Vec16 a, Vec16 b) {
+  DS_EACH a.part[i] = a.part[i] > b.part[i] ? a.part[i] : b.part[i];
+  return a;
+}
+DS_INLINE Vec16 min(Vec16 a, Vec16 b) {
+  DS_EACH a.part[i] = a.part[i] < b.part[i] ? a.part[i] : b.part[i];
+  return a;
+}
+DS_INLINE Vec16 abs(Vec16 a) {
+  DS_EACH a.part[i] = (FloatPart)((WordPart)a.part[i] & 0x7fffffffu);
+  return a;
+}
 DS_INLINE Vec16 copy_sign(Vec16 magnitude, Vec16 sign) {
-  return (Vec16)(((Word16)magnitude & 0x7fffffffu) | ((Word16)sign & 0x80000000u));
+  Vec16 out = abs(magnitude);
+  DS_EACH out.part[i] = (FloatPart)((WordPart)out.part[i] | ((WordPart)sign.part[i] & 0x80000000u));
+  return out;
 }
 DS_INLINE float reduce_max(Vec16 a) {
-  float out = a[0];
-  for (int i = 1; i < 16; i++) out = a[i] > out ? a[i] : out;
+  float out = a.part[0][0];
+  for (int i = 1; i < kLanes; i++) {
+    const float x = a.part[i / kPartLanes][i % kPartLanes];
+    out = x > out ? x : out;
+  }
   return out;
 }
 DS_INLINE float reduce_add(Vec16 a) {
-  float part[4] = {};
-  for (int i = 0; i < 16; i++) part[i % 4] += a[i];
-  return (part[0] + part[1]) + (part[2] + part[3]);
+  float sums[4] = {};
+  for (int i = 0; i < kLanes; i++) sums[i % 4] += a.part[i / kPartLanes][i % kPartLanes];
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 DS_INLINE Vec16 keep_lanes(Vec16 x, int begin, int end, float replacement) {
-  const Int16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return ((lane >= begin) & (lane < end)) ? x : set1(replacement);
+  for (int i = 0; i < kLanes; i++)
+    if (i < begin || i >= end) x.part[i / kPartLanes][i % kPartLanes] = replacement;
+  return x;
 }
 
 template <typename T>
-DS_INLINE Vec16 dot(Vec16 acc, Word16 a, Word16 b);
-template <>
-DS_INLINE Vec16 dot<float>(Vec16 acc, Word16 a, Word16 b) {
-  return acc + (Vec16)a * (Vec16)b;
-}
-template <>
-DS_INLINE Vec16 dot<bf16>(Vec16 acc, Word16 a, Word16 b) {
-  acc = dot<float>(acc, a << 16, b << 16);
-  return dot<float>(acc, a & 0xffff0000u, b & 0xffff0000u);
+DS_INLINE Vec16 dot(Vec16 acc, Word16 a, Word16 b) {
+  DS_EACH {
+    if constexpr (sizeof(T) == 4) {
+      acc.part[i] += (FloatPart)a.part[i] * (FloatPart)b.part[i];
+    } else {
+      acc.part[i] += (FloatPart)(a.part[i] << 16) * (FloatPart)(b.part[i] << 16);
+      acc.part[i] += (FloatPart)(a.part[i] & 0xffff0000u) * (FloatPart)(b.part[i] & 0xffff0000u);
+    }
+  }
+  return acc;
 }
 
 template <bool Short = false>
 DS_INLINE Vec16 exp2(Vec16 x) {
-  Vec16 bounded = min(max(x, set1(-127.0f)), set1(128.0f));
-  Int16 n = __builtin_convertvector(bounded, Int16);
-  n += (__builtin_convertvector(n, Vec16) > bounded);  // the comparison is -1 where it holds: floor
-  Vec16 f = bounded - __builtin_convertvector(n, Vec16);
-  Vec16 p = set1(kExp2[5]);
-  for (int i = 4; i >= 0; i--) p = fma(p, f, set1(kExp2[i]));
-  Vec16 result = p * (Vec16)((n + 127) << 23);  // 2^-127 is written as 0, 2^128 as infinity
-  return x != x ? x : result;
+  const Vec16 bounded = min(max(x, set1(-127.0f)), set1(128.0f));
+  DS_EACH {
+    IntPart n = __builtin_convertvector(bounded.part[i], IntPart);
+    n += __builtin_convertvector(n, FloatPart) > bounded.part[i];  // -1 where it holds: floor
+    FloatPart f = bounded.part[i] - __builtin_convertvector(n, FloatPart);
+    FloatPart p = FloatPart{} + kExp2[5];
+#pragma GCC unroll 5
+    for (int k = 4; k >= 0; k--) p = p * f + kExp2[k];
+    p *= (FloatPart)((n + 127) << 23);  // 2^-127 is written as 0, 2^128 as infinity
+    x.part[i] = x.part[i] != x.part[i] ? x.part[i] : p;
+  }
+  return x;
 }
 
+#undef DS_EACH
 #endif
 
 DS_INLINE Vec16 exp(Vec16 x) { return exp2(x * set1(kLog2e)); }
