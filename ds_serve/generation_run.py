@@ -153,7 +153,8 @@ class Run:
         """What an Output means for its input; outputs of a sequence that has ended mean nothing."""
         if sequence.done:
             return sequence.index, "", None
-        token_ids, delta = sequence.take(output)
+        with self.texts.lock:
+            token_ids, delta = sequence.take(output)
         if self.call.streamer is not None:
             for token in token_ids:
                 self.call.streamer.put(_tensor([token]))

@@ -32,7 +32,7 @@ class Texts:
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._structured = getattr(tokenizer, "response_template", None) is not None
 
     def inputs(self, text_inputs: Any) -> tuple[Iterable[Input], bool]:
@@ -71,7 +71,7 @@ class Texts:
             options.pop("max_length", None)  # it bounds the whole text then, and means nothing here
         options.update(arguments.get("tokenizer_encode_kwargs") or {})
         prefix, prefix_length = arguments.get("prefix") or "", 0
-        with self._lock:
+        with self.lock:
             if isinstance(value, str):
                 token_ids = list(self.tokenizer(prefix + value, verbose=False, **options)["input_ids"])
             else:
@@ -124,7 +124,7 @@ class Texts:
         return self._decode(prompt.token_ids[: prompt.num_hidden] + token_ids, skip_special, clean_up)
 
     def _decode(self, token_ids: list[int], skip_special: bool, clean_up: bool | None) -> str:
-        with self._lock:
+        with self.lock:
             return self.tokenizer.decode(
                 token_ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=clean_up
             )

@@ -87,9 +87,8 @@ def least_kept(distance: torch.Tensor, limits: Filter) -> torch.Tensor:
     if not _on_cpu(distance):  # there, best stops at the kth, and may leave out some that equal it
         total += ((distance == kth).sum(-1, keepdim=True) - (best == kth).sum(-1, keepdim=True)) * weigh(kth)
     elif limits.nucleus is not None:
-        total[limits.nucleus] = _by_parts(lambda part: weigh(part).sum(-1, keepdim=True), distance)[
-            limits.nucleus
-        ]
+        whole = _by_parts(lambda part: weigh(part).sum(-1, keepdim=True), distance)
+        total[limits.nucleus] = whole[limits.nucleus]
     mass = limits.top_p * total
     least = _nucleus(best, weights, mass)
     if _on_cpu(distance) and limits.nucleus is not None:
@@ -147,23 +146,25 @@ def true_entries(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return rows, flat - rows * mask.shape[1]
 
 
-def pick(distance: torch.Tensor, least: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """int64 [R]: the token at the point uniform [R] of the weights of those that reach least [R, 1].
+def pick(distance: torch.Tensor, uniform: torch.Tensor, least: torch.Tensor | None = None) -> torch.Tensor:
+    """int64 [R]: the token at the point uniform [R] of the weights [of those above least [R, 1]].
 
     distance is [R, V]. A token without weight is never picked, because it does not raise the sum. A
     row without any weight (not a distribution) gives some id inside the vocabulary.
     """
-    return _by_parts(_pick, distance, least, uniform)
+    return _by_parts(_pick, *(column for column in (distance, uniform, least) if column is not None))
 
 
-def _pick(distance: torch.Tensor, least: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+def _pick(distance: torch.Tensor, uniform: torch.Tensor, least: torch.Tensor | None = None) -> torch.Tensor:
     weights = weigh(distance)
-    cumulative = weights.mul_(distance >= least).cumsum(-1)
+    if least is not None:
+        weights.mul_(distance >= least)
+    cumulative = weights.cumsum(-1)
     point = _point(uniform, cumulative[:, -1])[:, None]
     return torch.searchsorted(cumulative, point, right=True).squeeze(1).clamp_(max=distance.shape[1] - 1)
 
 
-def pick_above(distance: torch.Tensor, least: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+def pick_above(distance: torch.Tensor, uniform: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
     """As pick. On CPU it weighs the tokens that reach least alone: good where they are few."""
     if _on_cpu(distance):
         rows, columns = _entries_from(distance, least)
@@ -174,7 +175,7 @@ def pick_above(distance: torch.Tensor, least: torch.Tensor, uniform: torch.Tenso
             before = torch.cat([until.new_zeros(1), until[:-1]])
             found = torch.searchsorted(cumulative, before + _point(uniform, until - before), right=True)
             return columns[found.clamp_(max=len(rows) - 1)]
-    return pick(distance, least, uniform)
+    return pick(distance, uniform, least)
 
 
 def _point(uniform: torch.Tensor, total: torch.Tensor) -> torch.Tensor:

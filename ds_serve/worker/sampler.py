@@ -263,16 +263,13 @@ class Sampler:
         distance = scores.sub_(scores.amax(-1, keepdim=True)).div_(plan.temperature)
         uniform = torch.from_numpy(uniforms(plan.seeds, positions[plan.random_rows])).to(self.device)
         if plan.filter is None:
-            return pick(distance, torch.full_like(plan.temperature, -torch.inf), uniform)
+            return pick(distance, uniform)
         if plan.unfiltered is None:
-            return pick_above(distance, least_kept(distance, plan.filter), uniform)
+            return pick_above(distance, uniform, least_kept(distance, plan.filter))
         drawn = torch.empty_like(plan.random)
-        for part, limits in ((plan.filtered, plan.filter), (plan.unfiltered, None)):
-            some, point = distance[part], uniform[part]
-            if limits is None:
-                drawn[part] = pick(some, torch.full_like(some[:, :1], -torch.inf), point)
-            else:
-                drawn[part] = pick_above(some, least_kept(some, limits), point)
+        some = distance[plan.filtered]
+        drawn[plan.filtered] = pick_above(some, uniform[plan.filtered], least_kept(some, plan.filter))
+        drawn[plan.unfiltered] = pick(distance[plan.unfiltered], uniform[plan.unfiltered])
         return drawn
 
     # -- what a list of slots asks for ---------------------------------------------------------

@@ -180,7 +180,7 @@ def test_a_draw_reads_the_same_from_survivors_as_from_the_whole_row(seed, top_k,
         if params.min_p:
             least = least.clamp(min=np.log(params.min_p))
         uniform = torch.from_numpy(uniforms(np.array([seed + slot], dtype=np.uint64), np.array([4])))
-        assert found[slot] == pick(distance, least, uniform).item()
+        assert found[slot] == pick(distance, uniform, least).item()
 
 
 # -- greedy -------------------------------------------------------------------------------------
