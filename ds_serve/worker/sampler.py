@@ -214,7 +214,10 @@ class Sampler:
         scores = self._edit(raw, plan, at) if plan.edits_logits else raw
         tokens, valid = argmax(scores)
         if plan.random is not None:
-            drawn = self._draw(scores.index_select(0, plan.random), plan, at)
+            # A copy to overwrite: the one made already, where there is one that serves nothing else.
+            spare = len(plan.random_rows) == len(slots) and scores.data_ptr() != logits.data_ptr()
+            rows = scores if spare and not plan.logprob_rows else scores.index_select(0, plan.random)
+            drawn = self._draw(rows, plan, at)
             tokens = tokens.index_copy(0, plan.random, drawn)
         tokens = torch.where(valid, tokens, 0)
         if not plan.logprob_rows:
