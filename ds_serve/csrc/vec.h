@@ -1,8 +1,8 @@
 // Sixteen floats at a time: the small set of vector operations that ds_serve's CPU ops are written in.
 //
 // Vec16 is 16 fp32 lanes, Word16 is 16 32-bit words, each one fp32 or two bf16. With AVX512 they are
-// registers; elsewhere GCC/Clang vector extensions, which any x86-64 or ARM compiler lowers to what the
-// processor has. dot<T> is the heart: acc + a*b for fp32 words, acc + a.lo*b.lo + a.hi*b.hi for bf16.
+// registers; elsewhere a few shorter vectors (GCC/Clang extensions), which any x86-64 or ARM compiler
+// knows. dot<T> is the heart: acc + a*b for fp32 words, acc + a.lo*b.lo + a.hi*b.hi for bf16.
 // Rows in memory need no alignment. Nothing here knows attention or tensors.
 #pragma once
 
