@@ -4,6 +4,7 @@
 // Rounds to bf16 where transformers' modules do, so that logits stay close to theirs. Attention itself is
 // another op (paged_attention.cpp); collectives between shards belong to the caller. Called from
 // ds_serve/model/fused_cpu.py. Without AVX512-BF16 at compile time only has_avx512_bf16() -> false is there.
+#include <malloc.h>
 #include <omp.h>
 #include <sys/mman.h>
 #include <torch/library.h>
@@ -96,6 +97,7 @@ struct Chunk {
   size_t length;
 
   explicit Chunk(size_t bytes) : length((std::max(bytes, SIZE) + 2 * HUGE - 1) / HUGE * HUGE) {
+    malloc_trim(0);  // gives back what the originals of earlier packed weights left in the heap
     map = (char*)mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     TORCH_CHECK_WITH(OutOfMemoryError, map != MAP_FAILED, "packed weights: no ", length, " bytes of memory");
     at = (char*)(((uintptr_t)map + HUGE - 1) / HUGE * HUGE);
@@ -253,7 +255,7 @@ static void rotate(bf16* x, const bf16* cos, const bf16* sin, int64_t d) {
 // q[T, H, D], k[T, Hk, D], v[T, Hk, D]: views of one [T, (H + 2 Hk) * D].
 static std::tuple<Tensor, Tensor, Tensor> attention_in(const Tensor& x, const Tensor& norm, double eps,
                                                        const Tensor& wqkv, OptTensor bias, OptTensor q_norm,
-                                                       OptTensor k_norm, const Tensor& cos, const Tensor& sin,
+                                                       OptTensor k_norm, const Tensor& cos_in, const Tensor& sin_in,
                                                        int64_t heads, int64_t kv_heads, int64_t d,
                                                        OptTensor next) {
   int64_t k = x.size(-1), m = check_rows(x, "x", k), n = (heads + 2 * kv_heads) * d;
@@ -262,6 +264,7 @@ static std::tuple<Tensor, Tensor, Tensor> attention_in(const Tensor& x, const Te
   check_vector(bias, "bias", n);
   check_vector(q_norm, "q_norm", d);
   check_vector(k_norm, "k_norm", d);
+  Tensor cos = cos_in.contiguous(), sin = sin_in.contiguous();
   for (auto& [t, name] : {std::pair<const Tensor&, const char*>{cos, "cos"}, {sin, "sin"}}) {
     TORCH_CHECK_VALUE(check_rows(t, name, d) == m && t.size(-1) == d, name, ": must be [", m, ", ", d, "], got ",
                       t.sizes());
