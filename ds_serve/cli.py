@@ -104,13 +104,15 @@ def _serve(args: dict) -> int:
 
 def _generate(args: dict) -> int:
     """Continue prompts and print the texts: streamed for one prompt, in order for several."""
-    from ds_serve.pipeline import GenerationError, pipeline
+    from ds_serve.generation.pipeline import GenerationError, pipeline
 
     prompts = args["prompt"] or [line.rstrip("\n") for line in sys.stdin]
     if not prompts:
         raise ValueError("no prompt: give --prompt, or lines on stdin")
     inputs = [[{"role": "user", "content": prompt}] for prompt in prompts] if args["chat"] else prompts
     wanted = {name: args[name] for name in ("top_k", "top_p", "seed", "stop") if args[name] is not None}
+    if args["temperature"] <= 0 and wanted.keys() & {"top_k", "top_p"}:
+        raise ValueError("top_k and top_p do nothing at temperature 0: give --temperature")
     wanted |= {"max_new_tokens": args["max_new_tokens"], "do_sample": args["temperature"] > 0}
     if wanted["do_sample"]:
         wanted["temperature"] = args["temperature"]

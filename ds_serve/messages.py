@@ -217,9 +217,13 @@ class StepPlan(_Message):
 # -- workers -> engine -------------------------------------------------------------------------
 
 
+INVALID_TOKEN = -1
+
+
 class StepResult(_Message):
     """One token for each row of the plan with sample=True, in the plan's order.
 
+    A token is INVALID_TOKEN where the row's logits were not finite: there was nothing to draw from.
     logprobs runs beside token_ids where any of the rows asked for them, else it is empty.
     """
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from ds_serve.cache.manager import CacheManager
 from ds_serve.engine.sequence import Sequence
 from ds_serve.messages import (
+    INVALID_TOKEN,
     FinishReason,
     NewSequence,
     Output,
@@ -281,6 +282,8 @@ class Scheduler:
                 self._release(sequence)
             return None
         sequence.num_computed += part.count
+        if sampled is not None and sampled[0] == INVALID_TOKEN:
+            return self._finish(sequence, "error", error="the model gave logits that are not finite")
         if sampled is not None:
             sequence.token_ids.append(sampled[0])
             sequence.num_pending -= 1
@@ -307,6 +310,7 @@ class Scheduler:
         token_ids: list[int] = [],  # noqa: B006 (never changed)
         logprobs: list | None = None,
         stop_token_id: int | None = None,
+        error: str | None = None,
     ) -> Output:
         """The one place where a request ends."""
         del self._sequences[sequence.request.id]
@@ -326,6 +330,7 @@ class Scheduler:
             logprobs=logprobs,
             finish_reason=reason,
             stop_token_id=stop_token_id,
+            error=error,
         )
 
     def _message(self, sequence: Sequence, **fields) -> Output:
@@ -384,6 +389,8 @@ class Scheduler:
             0 <= min(request.prompt_token_ids) and max(request.prompt_token_ids) < vocab
         ):
             return f"the prompt has token ids outside of the vocabulary of {vocab}"
+        if vocab is not None and any(token >= vocab for token in request.params.logit_bias):
+            return f"logit_bias has token ids outside of the vocabulary of {vocab}"
         if num_prompt + max_tokens > limit:
             return (
                 f"too long: a prompt of {num_prompt} tokens and max_tokens of {max_tokens} "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,9 +158,15 @@ def _max_model_len(config: PreTrainedConfig, wanted: int | None) -> int:
 
 @contextlib.contextmanager
 def _quiet_transformers():
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+    """Errors only, and a progress bar only where somebody watches."""
+    log = transformers.utils.logging
+    level, bar = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    if not sys.stderr.isatty():
+        log.disable_progress_bar()
     try:
         yield
     finally:
-        transformers.logging.set_verbosity(level)
+        log.set_verbosity(level)
+        if bar:
+            log.enable_progress_bar()

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ds_serve.messages import SamplingParams, TokenLogprob
+from ds_serve.messages import INVALID_TOKEN, SamplingParams, TokenLogprob
 from ds_serve.worker.draw import (
     NUCLEUS_CANDIDATES,
     Filter,
@@ -33,19 +33,6 @@ from ds_serve.worker.draw import (
 
 MIN_TEMPERATURE = 1e-30  # below it float32 would divide by zero; by then the draw is greedy anyway
 MAX_PLANS = 32
-
-
-class NonFiniteLogits(RuntimeError):
-    """A row's largest logit is NaN or infinite: there is no distribution to draw from.
-
-    rows are indices into the batch that was sampled.
-    """
-
-    def __init__(self, rows: list[int]):
-        super().__init__(
-            f"logits of rows {rows} are NaN, or their largest is infinite: nothing can be sampled"
-        )
-        self.rows = rows
 
 
 @dataclass(frozen=True)
@@ -67,11 +54,9 @@ class SampleOutput:
     def to_host(self) -> tuple[list[int], list[TokenLogprob | None]]:
         """Token ids, and beside them log-probabilities (an empty list where no row asked for any).
 
-        Raises NonFiniteLogits when a row is not valid.
+        The id is INVALID_TOKEN where a row's largest logit is NaN or infinite.
         """
-        if not self.valid.all():
-            raise NonFiniteLogits((~self.valid).nonzero().flatten().tolist())
-        token_ids = self.token_ids.tolist()
+        token_ids = torch.where(self.valid, self.token_ids, INVALID_TOKEN).tolist()
         if not self.logprob_rows:
             return token_ids, []
         logprobs: list[TokenLogprob | None] = [None] * len(token_ids)

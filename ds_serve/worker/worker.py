@@ -68,8 +68,10 @@ class Worker:
             return StepResult(step=plan.step)
         drawn = self._sampler.sample(logits, inputs.slots, inputs.positions)
         token_ids, logprobs = drawn.to_host()
-        self._slots.append(inputs.slots, inputs.positions, token_ids)
-        self._sampler.append(inputs.slots, token_ids)
+        # The next step may be planned already: an invalid token stands in as 0 until its request ends.
+        usable = [max(token, 0) for token in token_ids]
+        self._slots.append(inputs.slots, inputs.positions, usable)
+        self._sampler.append(inputs.slots, usable)
         asked = logprobs if any(logprob is not None for logprob in logprobs) else []
         return StepResult(step=plan.step, token_ids=token_ids, logprobs=asked)
 

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import ds_serve
+from ds_serve.generation.pipeline import GenerationError, TextGenerationPipeline
 from ds_serve.messages import EngineInfo, Output, Request, TokenLogprob
-from ds_serve.pipeline import GenerationError, TextGenerationPipeline
 
 EOS = 2
 ANSWER = "hello big world"

@@ -7,7 +7,7 @@ from simulated import SimulatedWorker, expected_output, make_request
 
 from ds_serve.cache.manager import CacheManager
 from ds_serve.engine.scheduler import Limits, Scheduler
-from ds_serve.messages import SamplingParams, StepResult
+from ds_serve.messages import INVALID_TOKEN, SamplingParams, StepResult
 
 BLOCK = 4
 
@@ -48,6 +48,7 @@ def test_a_long_prompt_does_not_stop_decodes():
         (make_request("r", [1] * 100, 29), ["100", "29", "128"]),
         (make_request("r", [1, 50], 1), ["vocabulary", "50"]),
         (make_request("r", [1, -1], 1), ["vocabulary"]),
+        (make_request("r", [1], 1, logit_bias={50: 1.0}), ["logit_bias", "50"]),
     ],
 )
 def test_refusals_name_what_was_asked_and_what_there_is(request_, words):
@@ -149,6 +150,19 @@ def test_a_result_out_of_turn_is_an_error():
         scheduler.update(StepResult(step=1, token_ids=[3]))
     with pytest.raises(ValueError, match="2 tokens"):
         scheduler.update(StepResult(step=0, token_ids=[3, 4]))
+
+
+def test_logits_that_are_not_finite_end_their_request_only():
+    scheduler, worker = make(max_steps_in_flight=2), SimulatedWorker(32, BLOCK, 8)
+    for name in "ab":
+        scheduler.add(make_request(name, [ord(name) % 50] * 5, 3))
+    first, second = worker.run(scheduler.schedule()), worker.run(scheduler.schedule())
+    bad = StepResult(step=0, token_ids=[INVALID_TOKEN, first.token_ids[1]])
+    outputs = scheduler.update(bad)
+    assert [(o.id, o.finish_reason) for o in outputs] == [("a", "error"), ("b", None)]
+    assert "finite" in outputs[0].error and not outputs[0].token_ids
+    assert [o.id for o in scheduler.update(second)] == ["b"]
+    scheduler.check_integrity()
 
 
 def test_cached_tokens_count_once_also_after_preemption():

@@ -6,8 +6,7 @@
     await pipe.agenerate(prompts), async for delta in pipe.astream("Once"): ...
 
 Inputs, arguments, defaults and the shape of results are transformers'; what is not offered is
-refused by name (generation_args.py). It is a front: it knows text and requests, neither blocks nor
-tensors. The module itself can be called, so that `ds_serve.pipeline` works however it was imported.
+refused by name (args.py). It is a front: it knows text and requests, neither blocks nor tensors.
 """
 
 from __future__ import annotations
@@ -16,15 +15,14 @@ import asyncio
 import contextlib
 import queue
 import sys
-import types
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ds_serve.config import Settings
-from ds_serve.generation_args import ENCODE, RETURN, check_names, config_fields, resolve_generate, return_type
-from ds_serve.generation_run import Call, Event, GenerationError, Run, Sequence
-from ds_serve.generation_text import Input, Texts
+from ds_serve.generation.args import ENCODE, RETURN, check_names, config_fields, resolve_generate, return_type
+from ds_serve.generation.run import Call, Event, GenerationError, Run, Sequence
+from ds_serve.generation.text import Input, Texts
 from ds_serve.messages import Output
 from ds_serve.text.codec import TextCodec
 
@@ -34,7 +32,9 @@ MAX_INPUTS_IN_FLIGHT = 512  # keeps a long list from filling the engine's queue
 PROGRESS_FROM = 8  # prompts, on a terminal
 
 
-def pipeline(task: str = "text-generation", model: str | Path | None = None, **arguments: Any):
+def pipeline(
+    task: str = "text-generation", model: str | Path | None = None, **arguments: Any
+) -> TextGenerationPipeline:
     """A TextGenerationPipeline for the model in a local folder.
 
     arguments are engine settings (ds_serve.config.Settings) and defaults for the calls
@@ -248,11 +248,3 @@ def _model_generation(settings: Settings) -> dict[str, Any]:
             )
         )
     return config.to_diff_dict()
-
-
-class _CallableModule(types.ModuleType):
-    def __call__(self, *args: Any, **kwargs: Any) -> TextGenerationPipeline:
-        return pipeline(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _CallableModule

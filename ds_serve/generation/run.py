@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ds_serve.generation_args import TENSORS, GenerateArgs
-from ds_serve.generation_text import Input, Prompt, Texts
+from ds_serve.generation.args import TENSORS, GenerateArgs
+from ds_serve.generation.text import Input, Prompt, Texts
 from ds_serve.messages import Output, Request
 from ds_serve.text.detokenize import Detokenizer
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ds_serve.generation_args import FULL_TEXT, MAX_NEW_TOKENS_WITHOUT_LIMIT, GenerateArgs
+from ds_serve.generation.args import FULL_TEXT, MAX_NEW_TOKENS_WITHOUT_LIMIT, GenerateArgs
 
 Input = str | list  # a prompt, or a chat: a list of messages with "role" and "content"
 

@@ -1,0 +1,1 @@
+"""The Hugging Face-like pipeline: a front in the caller's own process."""
