@@ -16,15 +16,14 @@ of 2048 tokens) that shows a server at work without a download. It is a demo: it
 - **Data**: dialogues that `scripts/demo_data.py` makes up as training goes: small talk, sums, facts from tables in
   `scripts/demo_facts.py`, lists, spelling, repeating, small JSON objects, remembering what the user said, jokes, short
   stories, and questions about ds_serve and about itself. No outside text was used.
-- **Training**: `python scripts/train_demo.py --out ds_serve/demo/model`, seed {seed}, {steps:,} steps,
-  {millions:.0f} million tokens ({learnt:.0f} million of them learnt), {seconds:.0f} seconds on one {device}, torch {torch},
-  by the makers of ds_serve.
+- **Training**, by the makers of ds_serve, with `scripts/train_demo.py`:
+{stages}
 - **Licence**: Apache-2.0.
 
 ## Held-back prompts
 Prompts that training never asked (pairs of numbers, words to spell, facts in another phrasing, names with the phrase that
-gives them...), greedy decoding, whole answers compared; some have a system prompt or earlier turns before them. Facts,
-phrases and the letters of words have been seen in other prompts.
+gives them...), greedy decoding in float32, whole answers compared; some have a system prompt or earlier turns before them.
+Facts, products, phrases and the letters of words have been seen in other prompts.
 
 | kind | right | asked |
 |---|---|---|
@@ -44,11 +43,21 @@ on what it says.
 """
 
 
+STAGE = ("  {n}. seed {seed}, {steps:,} steps, {millions:.2f} million tokens ({learnt:.2f} million of them learnt), "
+         "{seconds:.0f} seconds on one {device}, torch {torch}{aim}")
+
+
+def _stages(record: dict) -> list[dict]:
+    return [*(_stages(record["resumed_from"]) if "resumed_from" in record else []), record]
+
+
 def card(record: dict) -> str:
     """The README.md of the model folder; `record` is what training.json holds."""
-    table = record["held_back_2000"]
+    table = record["held_back_many"]
     rows = [f"| {kind} | {right} | {asked} |" for kind, (right, asked) in table.items()]
     total = [sum(column) for column in zip(*table.values(), strict=True)]
     rows.append(f"| **all** | **{total[0]}** | **{total[1]}** |")
-    return CARD.format(rows="\n".join(rows), millions=record["tokens"] / 1e6, learnt=record["learnt_tokens"] / 1e6,
-                       **record)
+    stages = [STAGE.format(n=i + 1, millions=stage["tokens"] / 1e6, learnt=stage["learnt_tokens"] / 1e6,
+                           aim=": tuned on products, with --resume and --products" if i else "", **stage)
+              for i, stage in enumerate(_stages(record))]
+    return CARD.format(rows="\n".join(rows), stages="\n".join(stages), parameters=record["parameters"])

@@ -1,8 +1,10 @@
 """The kinds of turns that the demo model's dialogues consist of: a prompt and its answer, drawn at random.
 
-Each kind draws (key, user text, answers). A key names what is asked, whatever words surround it (two numbers and an
+Each kind draws (key, user text,
+                 answers). A key names what is asked, whatever words surround it (two numbers and an
 operator, a word to spell, a fact with its phrasing, a name with the phrase that gives it...). A hash of the key puts
-it on one side, training or held back, for ever. Keys of `None` (jokes, stories, bare greetings) are open to training
+it on one side, training or held back, for ever. Keys of `None` (jokes, stories,
+                                                                 bare greetings) are open to training
 only. The first answer is the usual one. What a turn changes in the talk stands in `talk.pending` until the caller
 accepts the turn.
 
@@ -15,7 +17,6 @@ import json
 import random
 import re
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import demo_facts as facts
@@ -43,6 +44,23 @@ def is_held(key: str | None, every: int = 20) -> bool:
 def bare(text: str) -> str:
     """Letters, digits and signs of sums only, in lower case: two prompts with one bare form count as the same."""
     return " ".join(re.sub(r"[^\w+*/<>=-]", " ", text.lower().replace("i'm", "i am")).split())
+
+
+def rarely(key: str, ask: str) -> str | None:
+    """The key if its hash holds it back and this phrasing of it too: for what must be learnt by heart, not worked out."""
+    return key if is_held(key) and is_held(f"{key}|{ask}", every=3) else None
+
+
+def products(rng: random.Random, talk: Talk) -> Drawn:
+    """A product or a sum in words, half of them ones that `rarely` splits: for tuning on what must be learnt by heart."""
+    rare = rng.random() < 0.5
+    while True:
+        key, text, answers = (arithmetic if rng.random() < 0.8 else numbers)(rng, talk)
+        a, op, b, *_ = answers[0].lower().rstrip(".").split() + [""] * 3
+        if op == "*" and is_held(f"{a}*{b}") == rare:
+            return key, text, answers
+        if op == "plus" and is_held(f"words{facts.NUMBERS.index(a)}+{facts.NUMBERS.index(b)}") == rare:
+            return key, text, answers
 
 
 def first_most(rng: random.Random, options: list) -> object:
@@ -87,17 +105,26 @@ def some_word(rng: random.Random) -> str:
     return "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(2, 7)))
 
 
+def person(rng: random.Random) -> str:
+    name = rng.choice(facts.NAMES) if rng.random() < 0.6 else capitalised(made_up_word(rng))
+    return name.lower() if rng.random() < 0.1 else name
+
+
 # ---- arithmetic -------------------------------------------------------------------------------------------------
 
-ASKS = {"+": ["{a}+{b}", "{a} + {b}", "{a}+{b}=", "{a} plus {b}", "What is {a} + {b}?", "What is {a}+{b}?", "What is {a} plus {b}?",
+ASKS = {"+": ["{a}+{b}", "{a} + {b}", "{a}+{b}=", "{a} plus {b}", "What is {a} + {b}?", "What is {a}+{b}?",
+              "What is {a} plus {b}?",
               "Calculate {a} + {b}.", "How much is {a} + {b}?", "Add {a} and {b}.", "What is the sum of {a} and {b}?",
               "I have {a} apples and get {b} more. How many do I have?", "Compute {a}+{b}", "{a} + {b} = ?"],
-        "-": ["{a}-{b}", "{a} - {b}", "{a}-{b}=", "{a} minus {b}", "What is {a} - {b}?", "What is {a}-{b}?", "What is {a} minus {b}?",
+        "-": ["{a}-{b}", "{a} - {b}", "{a}-{b}=", "{a} minus {b}", "What is {a} - {b}?", "What is {a}-{b}?",
+              "What is {a} minus {b}?",
               "Calculate {a} - {b}.", "How much is {a} - {b}?", "Subtract {b} from {a}.", "Compute {a}-{b}",
               "{a} - {b} = ?"],
-        "*": ["{a}*{b}", "{a} * {b}", "{a} x {b}", "{a} times {b}", "What is {a} * {b}?", "What is {a} times {b}?", "What is {a} x {b}?",
+        "*": ["{a}*{b}", "{a} * {b}", "{a} x {b}", "{a} times {b}", "What is {a} * {b}?",
+              "What is {a} times {b}?", "What is {a} x {b}?",
               "Calculate {a} * {b}.", "Multiply {a} by {b}.", "How much is {a} * {b}?", "What is {a}*{b}?"],
-        "/": ["{a}/{b}", "{a} / {b}", "What is {a} / {b}?", "What is {a} divided by {b}?", "Divide {a} by {b}.", "Calculate {a} / {b}.",
+        "/": ["{a}/{b}", "{a} / {b}", "What is {a} / {b}?", "What is {a} divided by {b}?",
+              "Divide {a} by {b}.", "Calculate {a} / {b}.",
               "How much is {a} / {b}?", "What is {a}/{b}?"]}
 TOO_BIG = "These numbers are too big for me. I am only a tiny demo model."
 
@@ -116,10 +143,7 @@ def arithmetic(rng: random.Random, talk: Talk) -> Drawn:
     if op in "*/":
         a, b = rng.randint(0, 12), rng.randint(0, 12)
     if op == "*":
-        # A held-back product is known in training the other way round; squares are all known.
-        key = f"{a}*{b}"
-        held = a != b and not is_held(f"{b}*{a}")
-        return (key if held else None), ask.format(a=a, b=b), [f"{a} * {b} = {a * b}."]
+        return rarely(f"{a}*{b}", ask), ask.format(a=a, b=b), [f"{a} * {b} = {a * b}."]
     if op == "/":
         b = max(b, 1)
         return f"{a * b}/{b}|{ask}", ask.format(a=a * b, b=b), [f"{a * b} / {b} = {a}."]
@@ -133,13 +157,16 @@ def numbers(rng: random.Random, talk: Talk) -> Drawn:
         ask = rng.choice(["{a} + {b} + {c}", "What is {a} + {b} + {c}?", "{a}+{b}+{c}"])
         return f"{a}+{b}+{c}", ask.format(a=a, b=b, c=c), [f"{a} + {b} + {c} = {a + b + c}."]
     if form == 1 and a != b:
-        ask = rng.choice(["Which is bigger, {a} or {b}?", "Which number is larger, {a} or {b}?", "What is more, {a} or {b}?"])
+        ask = rng.choice(["Which is bigger, {a} or {b}?", "Which number is larger, {a} or {b}?",
+                          "What is more, {a} or {b}?"])
         return f"{a}>{b}", ask.format(a=a, b=b), [f"{max(a, b)} is bigger than {min(a, b)}."]
     if form == 2:
-        ask = rng.choice(["Is {a} even or odd?", "Is {a} odd or even?", "Is {a} an even number?", "Is {a} odd?"])
+        ask = rng.choice(["Is {a} even or odd?", "Is {a} odd or even?", "Is {a} an even number?",
+                          "Is {a} odd?"])
         return f"even{a}|{ask}", ask.format(a=a), [f"{a} is {'odd' if a % 2 else 'even'}."]
     if form == 3:
-        ask, by = rng.choice([("What comes after {a}?", 1), ("Which number comes after {a}?", 1), ("What comes before {a}?", -1),
+        ask, by = rng.choice([("What comes after {a}?", 1), ("Which number comes after {a}?", 1),
+                              ("What comes before {a}?", -1),
                               ("Which number comes before {a}?", -1)])
         a = max(a, 1)
         return f"next{a}|{ask}", ask.format(a=a), [f"{a + by} comes {'after' if by > 0 else 'before'} {a}."]
@@ -147,13 +174,13 @@ def numbers(rng: random.Random, talk: Talk) -> Drawn:
         words = facts.NUMBERS
         a, b = rng.randint(0, 10), rng.randint(0, 10)
         ask = rng.choice(["What is {a} plus {b}?", "How much is {a} and {b}?", "{a} plus {b}"])
-        return f"words{a}+{b}", capitalised(ask.format(a=words[a], b=words[b])), [
+        return rarely(f"words{a}+{b}", ask), capitalised(ask.format(a=words[a], b=words[b])), [
             f"{capitalised(words[a])} plus {words[b]} is {words[a + b]}."]
     if form == 5:
         op = rng.choice("+-*/")
         x, y = rng.randint(1000, 10 ** rng.randint(4, 7)), rng.randint(10, 10 ** rng.randint(2, 6))
         if op == "*" and rng.random() < 0.6:
-            x, y = rng.randint(13, 999), rng.randint(13, 99)
+            x, y = rng.randint(13, 999), rng.randint(2, 99)
         x, y = rng.choice([(x, y), (y, x)])
         return f"{x}{op}{y}", rng.choice(ASKS[op]).format(a=x, b=y), [TOO_BIG]
     return counting(rng, talk)
@@ -166,7 +193,8 @@ def counting(rng: random.Random, talk: Talk) -> Drawn:
         ask = rng.choice(["Count down from {b}.", "Count backwards from {b}."])
         b = rng.randint(3, 25)
         return f"down{b}|{ask}", ask.format(b=b), [", ".join(map(str, range(b, 0, -1))) + "."]
-    ask = rng.choice(["Count to {b}.", "Count up to {b}.", "Can you count to {b}?"] if a == 1 else ["Count from {a} to {b}."])
+    ask = rng.choice(["Count to {b}.", "Count up to {b}.",
+                      "Can you count to {b}?"] if a == 1 else ["Count from {a} to {b}."])
     ask = rng.choice([ask, "Count from {a} to {b}."])
     return f"count{a}-{b}", ask.format(a=a, b=b), [", ".join(map(str, range(a, b + 1))) + "."]
 
@@ -189,7 +217,8 @@ def fact(rng: random.Random, talk: Talk) -> Drawn:
     k = rng.choice(list(table))
     reply = fill(answer, k=k, v=table[k])
     if follow:
-        return None, fill(rng.choice(["And {k}?", "And of {k}?", "What about {k}?", "And for {k}?"]), k=k), [reply]
+        return None, fill(rng.choice(["And {k}?", "And of {k}?", "What about {k}?", "And for {k}?"]),
+                          k=k), [reply]
     ask = rng.choice(asks)
     # The first phrasing of every fact is always known.
     return f"{name}|{k}|{ask}" if ask != asks[0] else None, fill(ask, k=k), [reply]
@@ -200,7 +229,8 @@ MADE_UP_KEYS = {*PLACE_TABLES, "plural", "young", "sound", "symbol"}
 TABLE_NAMES = [name for name, (table, _, _) in facts.TABLES.items() for _ in range(1 + len(table) // 12)]
 SINGULAR = {name: {"countries": "country", "cities": "city", "fish": "fish"}.get(name, name[:-1])
             for name in facts.CATEGORIES if name != "clothes"}
-OVERLAP = [{"animals", "birds", "insects", "fish"}, {"fruits", "vegetables", "trees", "flowers", "colours", "metals"},
+OVERLAP = [{"animals", "birds", "insects", "fish"}, {"fruits", "vegetables", "trees", "flowers", "colours",
+                                                     "metals"},
            {"shapes", "planets", "metals"}, {"countries", "cities"}]
 
 
@@ -211,10 +241,12 @@ def listing(rng: random.Random, talk: Talk) -> Drawn:
         return membership(rng)
     if rng.random() < 0.1 and category in SINGULAR:
         ask = rng.choice(["Name a {c}.", "Tell me a {c}.", "Name one {c}."])
-        return f"one|{ask}{category}", fill(ask, c=SINGULAR[category]), [f"One {SINGULAR[category]}: {items[0]}."]
+        return f"one|{ask}{category}", fill(ask,
+                                            c=SINGULAR[category]), [f"One {SINGULAR[category]}: {items[0]}."]
     n = rng.randint(2, min(10, len(items)))
     chosen = items[:n] if rng.random() < 0.65 else rng.sample(items, n)
-    ask = rng.choice(["List {n} {c}.", "Name {n} {c}.", "Tell me {n} {c}.", "Give me {n} {c}.", "Can you name {n} {c}?", "{n} {c}",
+    ask = rng.choice(["List {n} {c}.", "Name {n} {c}.", "Tell me {n} {c}.", "Give me {n} {c}.",
+                      "Can you name {n} {c}?", "{n} {c}",
                       "Make a list of {n} {c}.", "Write down {n} {c}.", "Say {n} {c}.", "Give me a list of {n} {c}."])
     count = rng.choice([facts.NUMBERS[n], facts.NUMBERS[n], str(n)])
     answer = f"Here are {facts.NUMBERS[n]} {category}: {', '.join(chosen[:-1])} and {chosen[-1]}."
@@ -227,10 +259,13 @@ def membership(rng: random.Random) -> Drawn:
     if source != target and any({source, target} <= group for group in OVERLAP):
         source = target
     item, name = rng.choice(facts.CATEGORIES[source]), SINGULAR[target]
-    ask = rng.choice(["Is {i} a {c}?", "Is a {i} a {c}?", "Is the word {i} a {c}?", "Tell me if {i} is a {c}."])
+    ask = rng.choice(["Is {i} a {c}?", "Is a {i} a {c}?", "Is the word {i} a {c}?",
+                      "Tell me if {i} is a {c}."])
     if item in facts.CATEGORIES[target]:
-        return f"is|{item}|{name}|{ask}", fill(ask, i=item, c=name), [fill("Yes, {i} is a {c}.", i=item, c=name)]
-    return f"is|{item}|{name}|{ask}", fill(ask, i=item, c=name), [fill("No, {i} is not a {c}.", i=item, c=name)]
+        return f"is|{item}|{name}|{ask}", fill(ask, i=item, c=name), [fill("Yes, {i} is a {c}.", i=item,
+                                                                           c=name)]
+    return f"is|{item}|{name}|{ask}", fill(ask, i=item, c=name), [fill("No, {i} is not a {c}.", i=item,
+                                                                       c=name)]
 
 
 def spelling(rng: random.Random, talk: Talk) -> Drawn:
@@ -241,20 +276,24 @@ def spelling(rng: random.Random, talk: Talk) -> Drawn:
         ask = rng.choice(["Spell {w} backwards.", "Spell the word {w} backwards."])
         return key, ask.format(w=word), ["-".join(reversed(word))]
     if form == 1:
-        ask = rng.choice(["How many letters does {w} have?", "How many letters are in {w}?", "Count the letters of {w}."])
+        ask = rng.choice(["How many letters does {w} have?", "How many letters are in {w}?",
+                          "Count the letters of {w}."])
         return key, ask.format(w=word), [f"{'-'.join(word)} has {len(word)} letters."]
     if form == 2:
         which = rng.choice(["first", "last"])
         ask = rng.choice(["What is the {p} letter of {w}?", "Which letter is the {p} letter of {w}?"])
-        return key, ask.format(p=which, w=word), [f"The {which} letter of {word} is {word[0 if which == 'first' else -1]}."]
-    ask = rng.choice(["Spell {w}.", "Spell the word {w}.", "How do you spell {w}?", "Can you spell {w}?", "Spell: {w}",
+        return key, ask.format(p=which,
+                               w=word), [f"The {which} letter of {word} is {word[0 if which == 'first' else -1]}."]
+    ask = rng.choice(["Spell {w}.", "Spell the word {w}.", "How do you spell {w}?", "Can you spell {w}?",
+                      "Spell: {w}",
                       "How is {w} spelled?", "Please spell {w}.", "Spell {w} for me."])
     return key, ask.format(w=word), ["-".join(word)]
 
 
 def repeating(rng: random.Random, talk: Talk) -> Drawn:
     text = " ".join(some_word(rng) for _ in range(rng.randint(1, 6)))
-    ask = rng.choice(["Repeat after me: {t}", "Repeat: {t}", "Say: {t}", "Please repeat: {t}", "Repeat this: {t}", "Echo: {t}"])
+    ask = rng.choice(["Repeat after me: {t}", "Repeat: {t}", "Say: {t}", "Please repeat: {t}",
+                      "Repeat this: {t}", "Echo: {t}"])
     return f"repeat|{text.lower()}", ask.format(t=text), [text]
 
 
@@ -264,7 +303,8 @@ def as_json(rng: random.Random, talk: Talk) -> Drawn:
     chosen = rng.sample(list(values), rng.randint(1, 3))
     parts = [f"{k} {values[k]}" for k in chosen]
     text = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
-    ask = rng.choice(["Give me JSON with {t}.", "Write JSON: {t}", "Make a JSON object with {t}.", "As JSON: {t}", "JSON with {t}"])
+    ask = rng.choice(["Give me JSON with {t}.", "Write JSON: {t}", "Make a JSON object with {t}.",
+                      "As JSON: {t}", "JSON with {t}"])
     return f"json|{text}", ask.format(t=text), [json.dumps({k: values[k] for k in chosen})]
 
 
@@ -320,8 +360,10 @@ def _gibberish(rng: random.Random) -> str:
 
 def _mixed(rng: random.Random, patterns: list[str]) -> str:
     noun = made_up_word if rng.random() < 0.15 else lambda r: r.choice(phrases.NOUNS)
-    return fill(rng.choice(patterns), n=noun(rng), n2=rng.choice(phrases.NOUNS), v=rng.choice(phrases.VERBS), t=_topic(rng),
-                a=rng.choice(phrases.ADJECTIVES), p=rng.choice([*facts.PLACES, *facts.CAPITALS]), y=rng.randint(1000, 2030),
+    return fill(rng.choice(patterns), n=noun(rng), n2=rng.choice(phrases.NOUNS), v=rng.choice(phrases.VERBS),
+                t=_topic(rng),
+                a=rng.choice(phrases.ADJECTIVES), p=rng.choice([*facts.PLACES,
+                                                                *facts.CAPITALS]), y=rng.randint(1000, 2030),
                 k=rng.choice(facts.NUMBERS[2:11]), u=rng.choice(phrases.UNKNOWN_LISTS))
 
 
@@ -345,105 +387,23 @@ def unknown(rng: random.Random, talk: Talk) -> Drawn:
 
 
 def story(rng: random.Random, talk: Talk) -> Drawn:
-    hero = rng.choice([*facts.CATEGORIES["animals"], *facts.CATEGORIES["birds"], "dragon", "robot", "princess", "king", "wizard", "knight"])
+    hero = rng.choice([*facts.CATEGORIES["animals"], *facts.CATEGORIES["birds"], "dragon", "robot",
+                       "princess", "king", "wizard", "knight"])
     asked = rng.random() < 0.7
-    ask = rng.choice(["Tell me a story about a {h}.", "Write a story about a {h}.", "A story about a {h}, please.", "Write a short story about a {h}."]
-                     if asked else ["Tell me a story.", "Write a story.", "Do you know a story?", "Write a short story.", "Once upon a time"])
+    ask = rng.choice(["Tell me a story about a {h}.", "Write a story about a {h}.",
+                      "A story about a {h}, please.", "Write a short story about a {h}."]
+                     if asked else ["Tell me a story.", "Write a story.", "Do you know a story?",
+                                    "Write a short story.", "Once upon a time"])
     hero = hero if asked else "fox"
     name = first_most(rng, ["Milo", *rng.sample(facts.PET_NAMES, 4)])
     liked = first_most(rng, ["singing", *rng.sample(facts.HOBBIES, 4)])
     friend = first_most(rng, ["an owl", "a cat", "a mouse", "a bear"])
     place = first_most(rng, ["the forest", "the garden", "an old castle", "a small village"])
     thing = first_most(rng, ["a golden key", "a little box", "a magic stone", "an old map"])
-    end = first_most(rng, ["They shared it and were friends for ever.", "They went home, and they had tea and cake.",
+    end = first_most(rng, ["They shared it and were friends for ever.",
+                           "They went home, and they had tea and cake.",
                            "And if they are not asleep, they are still looking at it."])
-    text = (f"Once upon a time there was a {hero} called {name}. {name} lived in {place} and liked {liked}. One day {name} found {thing}. "
-            f"\"What is this?\" said {name}. Then {name} met {friend}. \"I know what it is,\" said {friend.replace('an ', 'the ').replace('a ', 'the ')}. "
-            f"\"It belongs to the one who is kind.\" {end}")
+    text = (f"Once upon a time there was a {hero} called {name}. {name} lived in {place} and liked {liked}. "
+            f"One day {name} found {thing}. \"What is this?\" said {name}. Then {name} met {friend}. \"I know what it is,\" "
+            f"said the {friend.split()[1]}. \"It belongs to the one who is kind.\" {end}")
     return None, fill(ask, h=hero), [with_article(text)]
-
-
-# ---- memory -------------------------------------------------------------------------------------------------------
-
-def person(rng: random.Random) -> str:
-    return rng.choice(facts.NAMES) if rng.random() < 0.6 else capitalised(made_up_word(rng))
-
-
-@dataclass(frozen=True)
-class Attribute:
-    """Something a user tells of themselves: how they say it, and how it is asked for and answered later."""
-
-    values: Callable[[random.Random], str]
-    tells: list[str]
-    thanks: str
-    asks: list[str]
-    answer: str
-    missing: str
-
-
-def _of(*lists: list[str]) -> Callable[[random.Random], str]:
-    return lambda rng: rng.choice(rng.choice(lists))
-
-
-MEMORY = {
-    "name": Attribute(person, ["My name is {v}.", "I am called {v}.", "You can call me {v}.", "Call me {v}.", "Hi, I am {v}.", "I'm {v}.",
-                               "Hello, my name is {v}.", "The name is {v}.", "Hi! My name is {v}."], "Nice to meet you, {v}!",
-                      ["What is my name?", "Do you remember my name?", "Who am I?", "Tell me my name.", "Do you know my name?", "What was my name?"],
-                      "Your name is {v}.", "You have not told me your name yet."),
-    "colour": Attribute(_of(facts.CATEGORIES["colours"]), ["My favourite colour is {v}.", "My favorite color is {v}.", "The colour I like best is {v}.",
-                                                           "I like the colour {v}."], "{v} is a lovely colour!",
-                        ["What is my favourite colour?", "What is my favorite color?", "Which colour do I like best?", "Which colour do I like?"],
-                        "Your favourite colour is {v}.", "You have not told me your favourite colour yet."),
-    "city": Attribute(lambda rng: rng.choice(facts.PLACES) if rng.random() < 0.7 else capitalised(made_up_word(rng)),
-                      ["I live in {v}.", "My home is in {v}.", "I am from {v}.", "My city is {v}."], "{v} sounds like a nice place!",
-                      ["Where do I live?", "Where am I from?", "Which city do I live in?", "Where is my home?"],
-                      "You live in {v}.", "You have not told me where you live yet."),
-    "age": Attribute(lambda rng: str(rng.randint(3, 99)), ["I am {v} years old.", "My age is {v}.", "I'm {v} years old.", "I am {v}."],
-                     "Thank you for telling me that you are {v}!", ["How old am I?", "What is my age?", "Do you know how old I am?"],
-                     "You are {v} years old.", "You have not told me your age yet."),
-    "food": Attribute(_of(facts.FOODS), ["My favourite food is {v}.", "My favorite food is {v}.", "The food I like best is {v}.", "I like to eat {v}."],
-                      "{v} sounds tasty!", ["What is my favourite food?", "What is my favorite food?", "What do I like to eat?"],
-                      "Your favourite food is {v}.", "You have not told me your favourite food yet."),
-    "hobby": Attribute(_of(facts.HOBBIES), ["My hobby is {v}.", "I like {v}.", "I enjoy {v}.", "In my free time I like {v}."], "{v} sounds like fun!",
-                       ["What is my hobby?", "What do I like to do?", "What do I enjoy?"], "Your hobby is {v}.",
-                       "You have not told me your hobby yet."),
-    "job": Attribute(_of(facts.JOBS), ["I am a {v}.", "I work as a {v}.", "My job is {v}.", "I'm a {v}."], "Being a {v} sounds interesting!",
-                     ["What is my job?", "What do I work as?", "What do I do for a living?"], "You are a {v}.",
-                     "You have not told me your job yet."),
-    "pet": Attribute(lambda rng: f"{rng.choice(facts.PETS)} called {rng.choice(facts.PET_NAMES) if rng.random() < 0.6 else person(rng)}",
-                     ["I have a {v}.", "My pet is a {v}.", "At home I have a {v}.", "I've got a {v}."], "A {v}, how lovely!",
-                     ["What is my pet?", "Which pet do I have?", "What is my pet called?", "Do you remember my pet?", "What pet do I have?"],
-                     "You have a {v}.", "You have not told me about your pet yet."),
-    "word": Attribute(some_word, ["Remember the word {v}.", "Please remember the word {v}.", "The secret word is {v}.", "The password is {v}."],
-                      "I will remember {v}.", ["What was the word?", "Which word did I tell you?", "What is the secret word?", "What is the password?",
-                                               "Which word should you remember?"],
-                      "The word is {v}.", "You have not told me a word yet."),
-    "number": Attribute(lambda rng: str(rng.randint(0, 9999)), ["Remember the number {v}.", "My number is {v}.", "Please remember the number {v}.",
-                                                                "The secret number is {v}."], "I will remember {v}.",
-                        ["What was the number?", "Which number did I tell you?", "What is the secret number?", "What is my number?"],
-                        "The number is {v}.", "You have not told me a number yet."),
-}
-
-
-def telling(rng: random.Random, talk: Talk, what: str | None = None) -> Drawn:
-    if what is None and rng.random() < 0.15:
-        one, other = rng.sample(list(MEMORY), 2)
-        key, text, answers = telling(rng, talk, one)
-        other_key, other_text, other_answers = telling(rng, talk, other)
-        return key if is_held(key) else other_key, f"{text} {other_text}", [f"{answers[0]} {other_answers[0]}"]
-    what = what or rng.choice(list(MEMORY))
-    part = MEMORY[what]
-    value, tell = part.values(rng), rng.choice(part.tells)
-    talk.pending[what] = value
-    return f"tell|{what}|{bare(tell.format(v=value))}", with_article(tell.format(v=value)), [fill(part.thanks, v=value)]
-
-
-def recalling(rng: random.Random, talk: Talk, what: str | None = None) -> Drawn:
-    if what is None and len(talk.known) > 1 and rng.random() < 0.1:
-        answer = " ".join(fill(MEMORY[k].answer, v=talk.known[k]) for k in talk.known)
-        return None, rng.choice(["What do you know about me?", "What have I told you?", "Tell me what you know about me."]), [answer]
-    if what is None:
-        what = rng.choice(list(talk.known)) if talk.known and rng.random() < 0.8 else rng.choice(list(MEMORY))
-    part = MEMORY[what]
-    answer = part.answer if what in talk.known else part.missing
-    return None, rng.choice(part.asks), [fill(answer, v=talk.known.get(what))]

@@ -1,4 +1,4 @@
-"""The shipped demo model: its files, its chat template, and its answers to prompts that training never asked."""
+"""The shipped demo model: its files, its chat template, its answers to prompts training never asked."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ from ds_serve.demo import model_path
 
 FOLDER = Path(model_path())
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-FIRST_PROMPTS = {"Hello!": "hello", "Hi": "hello", "hey": "hello", "What is your name?": "demo", "Who are you?": "demo model",
-                 "What can you do?": "tiny demo model", "What is ds_serve?": "deepspeed", "2+3": "2 + 3 = 5",
-                 "What is 12 + 30?": "= 42", "3*4": "= 12", "Tell me a joke": "?", "What is the capital of France?": "paris",
-                 "Spell cat": "c-a-t", "List three fruits": "three fruits", "Who won the world cup in 2010?": "tiny demo model",
-                 "Write a Python function that sorts a list.": "tiny demo model", "thanks": "welcome", "bye": "bye"}
+FIRST_PROMPTS = {
+    "Hello!": "hello", "Hi": "hello", "hey": "hello", "What is your name?": "demo", "Who are you?": "demo",
+    "What can you do?": "tiny demo model", "What is ds_serve?": "deepspeed", "2+3": "2 + 3 = 5",
+    "What is 12 + 30?": "= 42", "7*6": "= 42", "What is the capital of France?": "paris", "thanks": "welcome",
+    "Tell me a joke": "?", "Spell cat": "c-a-t", "List three fruits": "three fruits", "bye": "bye",
+    "Who won the world cup in 2010?": "tiny demo model",
+    "Write a Python function that sorts a list.": "tiny demo model",
+}
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +53,12 @@ def model():
 
 
 @torch.inference_mode()
-def greedy(model, tokenizer, dialogues: list[list[dict[str, str]]], sizes: list[int] | None = None, batch: int = 50,
+def greedy(model, tokenizer, dialogues: list[list[dict[str, str]]], sizes: list[int] | None = None,
+           batch: int = 50,
            ) -> list[str]:
     """Replies in the dialogues' order, computed in batches padded on the left.
 
-    `sizes` are the replies' expected lengths: those alike share a batch, so that a short one waits for no long one.
+    `sizes` are the replies' expected lengths: equal ones share a batch, so that short waits for no long.
     """
     texts = [tokenizer.apply_chat_template(d, tokenize=False, add_generation_prompt=True) for d in dialogues]
     order = sorted(range(len(texts)), key=lambda i: sizes[i] if sizes else 0)
@@ -72,7 +76,8 @@ def greedy(model, tokenizer, dialogues: list[list[dict[str, str]]], sizes: list[
 
 def test_folder_is_small_and_whole():
     files = {p.name: p.stat().st_size for p in FOLDER.iterdir()}
-    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+            "tokenizer_config.json",
             "README.md"} <= set(files)
     assert sum(files.values()) <= 12_000_000, files
 
@@ -105,7 +110,8 @@ def test_chat_template(tokenizer, model):
     ids = tokenizer(text)["input_ids"]
     assert len([i for i in ids if i < 5]) == 5, "each mark is one token"
     assert tokenizer.decode(ids) == text
-    begun = tokenizer.apply_chat_template([*talk, {"role": "assistant", "content": "Hello, I"}], tokenize=False,
+    begun = tokenizer.apply_chat_template([*talk, {"role": "assistant", "content": "Hello, I"}],
+                                          tokenize=False,
                                           continue_final_message=True)
     assert begun == text + "Hello, I"
     assert tokenizer.eos_token == "<|end|>"
@@ -128,7 +134,8 @@ def test_held_back_prompts_are_never_asked_in_training(demo_data):
 
     held = {bare(p.messages[-1]["content"]) for p in demo_data.held_back(200) if p.kind != "memory"}
     rng = random.Random(11)
-    asked = {bare(m["content"]) for _ in range(10_000) for m in demo_data.training_dialogue(rng) if m["role"] == "user"}
+    dialogues = [demo_data.training_dialogue(rng) for _ in range(10_000)]
+    asked = {bare(m["content"]) for dialogue in dialogues for m in dialogue if m["role"] == "user"}
     assert len(asked) > 10_000
     assert not held & asked
 
