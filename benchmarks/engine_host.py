@@ -19,7 +19,8 @@ from transformers import AutoTokenizer
 from ds_serve.attention.layout import KVLayout, LayerKV
 from ds_serve.cache.manager import CacheManager
 from ds_serve.demo import model_path
-from ds_serve.engine.scheduler import Limits, Scheduler
+from ds_serve.engine.limits import Limits
+from ds_serve.engine.scheduler import Scheduler
 from ds_serve.messages import Request, SamplingParams, StepResult
 from ds_serve.text.detokenize import Detokenizer
 from ds_serve.worker.slots import SlotTable

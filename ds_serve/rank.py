@@ -18,9 +18,10 @@ import torch
 from ds_serve.cache.manager import CacheManager
 from ds_serve.config import Settings
 from ds_serve.engine.ipc import IpcPort
+from ds_serve.engine.limits import Limits
 from ds_serve.engine.local import LocalEngine
 from ds_serve.engine.loop import EngineLoop
-from ds_serve.engine.scheduler import Limits, Scheduler
+from ds_serve.engine.scheduler import Scheduler
 from ds_serve.messages import EngineFailure, EngineInfo
 from ds_serve.model.loader import load
 from ds_serve.worker.local import LocalRank

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ds_serve.cache.manager import CacheManager
+from ds_serve.engine.limits import Limits, refusal
 from ds_serve.engine.sequence import Sequence
 from ds_serve.messages import (
     INVALID_TOKEN,
@@ -30,18 +31,6 @@ from ds_serve.messages import (
     StepResult,
     TokenLogprob,
 )
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one step and one request may take, in sequences, tokens and steps."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    max_queue: int = 10_000
-    max_steps_in_flight: int = 1
-    vocab_size: int | None = None
 
 
 @dataclass(slots=True)
@@ -103,7 +92,11 @@ class Scheduler:
 
     def add(self, request: Request) -> Output | None:
         """Queue a request; an Output with finish_reason "error" where it can never run."""
-        problem = self._refusal(request)
+        problem = refusal(request, self.limits, self.cache)
+        if request.id in self._sequences:
+            problem = f"request id {request.id} is in use"
+        elif len(self._waiting) >= self.limits.max_queue:
+            problem = f"the queue is full: {len(self._waiting)} requests are waiting"
         if problem is not None:
             return Output(id=request.id, finish_reason="error", error=problem)
         sequence = Sequence(request, self.cache.new_table(request.salt), self._arrivals, self._clock())
@@ -375,33 +368,6 @@ class Scheduler:
             assert 0 <= counters[0] <= counters[1] <= counters[2], f"{sequence.request.id}: {counters}"
             held = len(sequence.table.block_ids) * self.cache.block_size
             assert held >= sequence.num_scheduled, f"{sequence.request.id}: too few blocks"
-
-    def _refusal(self, request: Request) -> str | None:
-        """Why a request can never run here, in a sentence; None if it can."""
-        limit = self.limits.max_model_len
-        num_prompt, max_tokens = len(request.prompt_token_ids), request.params.max_tokens
-        if request.id in self._sequences:
-            return f"request id {request.id} is in use"
-        if num_prompt == 0:
-            return "the prompt has no token"
-        vocab = self.limits.vocab_size
-        if vocab is not None and not (
-            0 <= min(request.prompt_token_ids) and max(request.prompt_token_ids) < vocab
-        ):
-            return f"the prompt has token ids outside of the vocabulary of {vocab}"
-        if vocab is not None and any(token >= vocab for token in request.params.logit_bias):
-            return f"logit_bias has token ids outside of the vocabulary of {vocab}"
-        if num_prompt + max_tokens > limit:
-            return (
-                f"too long: a prompt of {num_prompt} tokens and max_tokens of {max_tokens} "
-                f"need {num_prompt + max_tokens}, and this server holds {limit} at most"
-            )
-        needed = self.cache.blocks_for(num_prompt + max_tokens - 1)
-        if needed > self.cache.num_blocks:
-            return f"can never fit: it needs {needed} KV blocks, and there are {self.cache.num_blocks}"
-        if len(self._waiting) >= self.limits.max_queue:
-            return f"the queue is full: {len(self._waiting)} requests are waiting"
-        return None
 
 
 def _key(sequence: Sequence) -> tuple[int, int]:

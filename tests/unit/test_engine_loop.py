@@ -10,8 +10,9 @@ import pytest
 from simulated import VOCAB, SimulatedWorker, expected_output, make_request
 
 from ds_serve.cache.manager import CacheManager
+from ds_serve.engine.limits import Limits
 from ds_serve.engine.local import EngineDeadError, LocalEngine
-from ds_serve.engine.scheduler import Limits, Scheduler
+from ds_serve.engine.scheduler import Scheduler
 from ds_serve.messages import EngineInfo
 
 INFO = EngineInfo(

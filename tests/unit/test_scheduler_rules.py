@@ -6,7 +6,8 @@ import pytest
 from simulated import SimulatedWorker, expected_output, make_request
 
 from ds_serve.cache.manager import CacheManager
-from ds_serve.engine.scheduler import Limits, Scheduler
+from ds_serve.engine.limits import Limits
+from ds_serve.engine.scheduler import Scheduler
 from ds_serve.messages import INVALID_TOKEN, SamplingParams, StepResult
 
 BLOCK = 4

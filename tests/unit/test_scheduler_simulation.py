@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from simulated import VOCAB, SimulatedWorker, expected_output, make_request
 
 from ds_serve.cache.manager import CacheManager
-from ds_serve.engine.scheduler import Limits, Scheduler
+from ds_serve.engine.limits import Limits
+from ds_serve.engine.scheduler import Scheduler
 
 BLOCK = 4
 

@@ -1,0 +1,46 @@
+"""What one step and one request may take, and why a request can never run. Used by the scheduler at admission.
+
+Knows the sizes of things, and neither queue nor clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ds_serve.cache.manager import CacheManager
+from ds_serve.messages import Request
+
+
+@dataclass(frozen=True)
+class Limits:
+    """In sequences, tokens and steps. vocab_size None: token ids are not checked."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    max_queue: int = 10_000
+    max_steps_in_flight: int = 1
+    vocab_size: int | None = None
+
+
+def refusal(request: Request, limits: Limits, cache: CacheManager) -> str | None:
+    """Why a request can never run here, in a sentence that says what was asked and what there is, or None."""
+    prompt, params = request.prompt_token_ids, request.params
+    if not prompt:
+        return "the prompt has no token"
+    vocab = limits.vocab_size
+    if vocab is not None:
+        if min(prompt) < 0 or max(prompt) >= vocab:
+            return f"the prompt has token ids outside of the vocabulary of {vocab}"
+        if any(token >= vocab for token in params.logit_bias):
+            return f"logit_bias has token ids outside of the vocabulary of {vocab}"
+    total = len(prompt) + params.max_tokens
+    if total > limits.max_model_len:
+        return (
+            f"too long: a prompt of {len(prompt)} tokens and max_tokens of {params.max_tokens} need {total}, "
+            f"and this server holds {limits.max_model_len} at most"
+        )
+    needed = cache.blocks_for(total - 1)  # the last token is sampled, its KV never written
+    if needed > cache.num_blocks:
+        return f"can never fit: it needs {needed} KV blocks, and there are {cache.num_blocks}"
+    return None
