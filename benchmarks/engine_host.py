@@ -2,8 +2,8 @@
 
     python benchmarks/engine_host.py --running 64
 
-A null model answers every row at once with the next token of a text. Prompts and outputs of --context tokens in
-all, so that the figure is a mean over the context; medians over steps, in ms a step.
+A null model answers every row at once with the next token of a text. Prompts and outputs of --context tokens
+in all, so that the figure is a mean over the context; medians over steps, in ms a step.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What one step and one request may take, and why a request can never run. Used by the scheduler at admission.
+"""What one step and one request may take, and why a request can never run.
 
-Knows the sizes of things, and neither queue nor clock.
+Used by the scheduler at admission. Knows the sizes of things, and neither queue nor clock.
 """
 
 from __future__ import annotations

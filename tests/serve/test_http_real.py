@@ -175,3 +175,14 @@ def test_a_killed_engine_is_started_again(server):
     until(lambda: httpx.get(server.url + "/health", timeout=10).status_code == 200, seconds=90)
     assert server.chat().choices[0].message.content
     assert server.engine().pid != engine.pid
+
+
+def test_a_killed_front_leaves_no_engine(tmp_path):
+    """Even SIGKILL of the server ends its engine, idle or at work."""
+    server = Server(demo.model_path(), tmp_path / "log")
+    engine = server.engine()
+    stream = server.chat(stream=True, max_tokens=500, extra_body={"ignore_eos": True})
+    next(stream)
+    server.process.kill()
+    server.process.wait(10)
+    until(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE, seconds=10)
