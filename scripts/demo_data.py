@@ -76,9 +76,7 @@ def rough(rng: random.Random, text: str, typos: bool) -> str:
         text = text.replace("'s ", "s ", 1)
     if rng.random() < 0.15:
         text = text.replace("I'm", "I am", 1) if "I'm" in text else text.replace("I am", "I'm", 1)
-    if typos and rng.random() < 0.04:
-        text = text.upper()
-    elif rng.random() < 0.3:
+    if rng.random() < 0.3:
         text = text[0].lower() + text[1:]
     if rng.random() < 0.3 and text[-1] in ".?!":
         text = text[:-1]

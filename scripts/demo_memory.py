@@ -82,7 +82,7 @@ MEMORY = {
     "pet": Attribute(lambda rng: f"{rng.choice(facts.PETS)} called {rng.choice(facts.PET_NAMES) if rng.random() < 0.6 else person(rng)}",
                      ["I have a {v}.", "My pet is a {v}.", "At home I have a {v}.",
                       "I've got a {v}."], "A {v}, how lovely!",
-                     ["What is my pet?", "Which pet do I have?", "What is my pet called?", "What is my {p} called?", "What is the name of my {p}?",
+                     ["What is my pet?", "Which pet do I have?", "What is my pet called?",
                       "Do you remember my pet?", "What pet do I have?"],
                      "You have a {v}.", "You have not told me about your pet yet."),
     "word": Attribute(some_word, ["Remember the word {v}.", "Please remember the word {v}.",
@@ -123,5 +123,4 @@ def recalling(rng: random.Random, talk: Talk, what: str | None = None) -> Drawn:
         what = rng.choice(list(talk.known)) if talk.known and rng.random() < 0.8 else rng.choice(list(MEMORY))
     part = MEMORY[what]
     answer = part.answer if what in talk.known else part.missing
-    pet = talk.known["pet"].split()[0] if "pet" in talk.known else rng.choice(facts.PETS)
-    return None, rng.choice(part.asks).format(p=pet), [fill(answer, v=talk.known.get(what))]
+    return None, rng.choice(part.asks), [fill(answer, v=talk.known.get(what))]

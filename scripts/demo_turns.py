@@ -106,11 +106,8 @@ def some_word(rng: random.Random) -> str:
 
 
 def person(rng: random.Random) -> str:
-    name = rng.choice(facts.NAMES) if rng.random() < 0.6 else capitalised(made_up_word(rng))
-    return name.lower() if rng.random() < 0.1 else name
+    return rng.choice(facts.NAMES) if rng.random() < 0.6 else capitalised(made_up_word(rng))
 
-
-# ---- arithmetic -------------------------------------------------------------------------------------------------
 
 ASKS = {"+": ["{a}+{b}", "{a} + {b}", "{a}+{b}=", "{a} plus {b}", "What is {a} + {b}?", "What is {a}+{b}?",
               "What is {a} plus {b}?",
@@ -180,7 +177,7 @@ def numbers(rng: random.Random, talk: Talk) -> Drawn:
         op = rng.choice("+-*/")
         x, y = rng.randint(1000, 10 ** rng.randint(4, 7)), rng.randint(10, 10 ** rng.randint(2, 6))
         if op == "*" and rng.random() < 0.6:
-            x, y = rng.randint(13, 999), rng.randint(2, 99)
+            x, y = rng.randint(13, 999), rng.randint(13, 99)
         x, y = rng.choice([(x, y), (y, x)])
         return f"{x}{op}{y}", rng.choice(ASKS[op]).format(a=x, b=y), [TOO_BIG]
     return counting(rng, talk)
@@ -198,8 +195,6 @@ def counting(rng: random.Random, talk: Talk) -> Drawn:
     ask = rng.choice([ask, "Count from {a} to {b}."])
     return f"count{a}-{b}", ask.format(a=a, b=b), [", ".join(map(str, range(a, b + 1))) + "."]
 
-
-# ---- facts, lists, words ------------------------------------------------------------------------------------------
 
 def fact(rng: random.Random, talk: Talk) -> Drawn:
     if rng.random() < 0.08:
@@ -307,8 +302,6 @@ def as_json(rng: random.Random, talk: Talk) -> Drawn:
                       "As JSON: {t}", "JSON with {t}"])
     return f"json|{text}", ask.format(t=text), [json.dumps({k: values[k] for k in chosen})]
 
-
-# ---- talk ---------------------------------------------------------------------------------------------------------
 
 def _phrased(rng: random.Random, entries: list[tuple[list[str], list[str]]], talk: Talk) -> Drawn:
     answers, asks = rng.choice(entries)
