@@ -35,7 +35,9 @@ capitals, colours, opposites, plurals and the like; short lists; spelling; names
 the dialogue; system prompts that give it or the user a name, or a word to end every answer with.
 
 ## What it cannot do
-Anything else: it says so for many questions, and answers others wrongly. Its English is that of the script. Do not rely
+Anything else: it says so for many questions, and answers others wrongly. Seen to fail: names in small letters ("my name is
+bob"), prompts in capitals, "What is my dog called?", lists of more than ten, counting beyond 99, products such as 17 * 3,
+negative or decimal numbers typed first, "List the letters of the alphabet.". Its English is that of the script. Do not rely
 on what it says.
 
 ## Chat format
@@ -44,7 +46,7 @@ on what it says.
 
 
 STAGE = ("  {n}. seed {seed}, {steps:,} steps, {millions:.2f} million tokens ({learnt:.2f} million of them learnt), "
-         "{seconds:.0f} seconds on one {device}, torch {torch}{aim}")
+         "{seconds:.0f} seconds on {device}, torch {torch}{aim}")
 
 
 def _stages(record: dict) -> list[dict]:

@@ -108,7 +108,6 @@ def some_word(rng: random.Random) -> str:
 def person(rng: random.Random) -> str:
     return rng.choice(facts.NAMES) if rng.random() < 0.6 else capitalised(made_up_word(rng))
 
-
 ASKS = {"+": ["{a}+{b}", "{a} + {b}", "{a}+{b}=", "{a} plus {b}", "What is {a} + {b}?", "What is {a}+{b}?",
               "What is {a} plus {b}?",
               "Calculate {a} + {b}.", "How much is {a} + {b}?", "Add {a} and {b}.", "What is the sum of {a} and {b}?",
@@ -384,9 +383,8 @@ def story(rng: random.Random, talk: Talk) -> Drawn:
                        "princess", "king", "wizard", "knight"])
     asked = rng.random() < 0.7
     ask = rng.choice(["Tell me a story about a {h}.", "Write a story about a {h}.",
-                      "A story about a {h}, please.", "Write a short story about a {h}."]
-                     if asked else ["Tell me a story.", "Write a story.", "Do you know a story?",
-                                    "Write a short story.", "Once upon a time"])
+                      "A story about a {h}, please.", "Write a short story about a {h}."] if asked else
+                     ["Tell me a story.", "Write a story.", "Do you know a story?", "Write a short story.", "Once upon a time"])
     hero = hero if asked else "fox"
     name = first_most(rng, ["Milo", *rng.sample(facts.PET_NAMES, 4)])
     liked = first_most(rng, ["singing", *rng.sample(facts.HOBBIES, 4)])
