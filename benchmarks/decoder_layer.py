@@ -2,12 +2,14 @@
 
     python benchmarks/decoder_layer.py [--threads 2] [--layers 30] [--rounds 7] [--skip-original]
 
-Builds a random bf16 model of SmolLM2-135M's shape twice (original and injected, same attention backend),
-and times forwards of M tokens in turn: M=1 and M=16 are decodes at --context tokens with logits of each
-row, larger M is prefills of --prompt (or all M) tokens with logits of each prompt's last. The floor of a
-step is its multiplications at the machine's peak or its weights at the machine's read bandwidth, whichever
-is longer, both measured in this run with ds_serve's own product and torch. Prints one JSON line: for each
-M, {minimum, median} ms of both models and the floor. It does not measure an engine or a server.
+Builds a random bf16 model of SmolLM2-135M's shape twice (original and injected, same attention backend)
+and times forwards in turn: decodes of 1 and of 16 rows at --context tokens with each row's logits, prefills
+of 1 x 1024 and 16 x 128 tokens with the logits of each row's last. The floor of a step is the longer of two:
+its multiplications at the machine's peak, its weights at the machine's read bandwidth, both measured in this
+run. Prints one JSON line: ms {min, median} of both models and the floor. Measures no engine and no server.
+
+Where other processes run, use --threads 1, which is timed by CPU time; or set GOMP_SPINCOUNT=1000 for 2: a
+thread that spins at a barrier holds the core that its preempted partner needs.
 """
 
 from __future__ import annotations
@@ -83,13 +85,14 @@ def step_of(model: LlamaForCausalLM, batch: AttentionBatch) -> Callable[[], None
 
 def times(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """ms of each step, taken in turn so that a noisy moment meets all of them."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(rounds + 1):
         for name, step in steps.items():
-            begin = time.perf_counter()
+            begin = clock()
             step()
             if index:
-                taken[name].append((time.perf_counter() - begin) * 1e3)
+                taken[name].append((clock() - begin) * 1e3)
     return taken
 
 

@@ -33,16 +33,16 @@ pytestmark = pytest.mark.skipif(
     load_ops() is None or not OPS.has_avx512_bf16(), reason="needs a compiler and AVX512-BF16"
 )
 BLOCK = 16
-SIZES = dict(
-    hidden_size=96,
-    intermediate_size=176,
-    num_hidden_layers=3,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    head_dim=32,
-    vocab_size=203,
-    initializer_range=0.1,
-)
+SIZES = {
+    "hidden_size": 96,
+    "intermediate_size": 176,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 203,
+    "initializer_range": 0.1,
+}
 MODELS = {
     "llama": (LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=True)),
     "llama_biases": (LlamaForCausalLM, LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)),
@@ -181,7 +181,7 @@ def test_shards_sum_to_the_whole_layer(name):
 
     def batch(heads):
         layout = KVLayout((LayerKV(heads, d, d),))
-        i32 = dict(dtype=torch.int32)
+        i32 = {"dtype": torch.int32}
         ends, table = torch.tensor([5], **i32), torch.zeros(1, 1, **i32)
         start = torch.tensor([0, 5], **i32)
         return AttentionBatch(
