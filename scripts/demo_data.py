@@ -15,31 +15,86 @@ from dataclasses import dataclass
 import demo_facts as facts
 import demo_memory as memory
 import demo_phrases as phrases
+import demo_story
+import demo_sums as sums
 import demo_turns as turns
 from demo_turns import Talk
 
 Message = dict[str, str]
 
 KINDS: dict[str, Callable[[random.Random, Talk], turns.Drawn]] = {
-    "arithmetic": turns.arithmetic, "numbers": turns.numbers, "fact": turns.fact, "list": turns.listing,
-    "spelling": turns.spelling, "repeat": turns.repeating, "json": turns.as_json, "small talk": turns.small_talk,
-    "identity": turns.identity, "ds_serve": turns.about_ds_serve, "unknown": turns.unknown, "story": turns.story,
-    "telling": memory.telling, "recalling": memory.recalling, "products": turns.products,
+    "arithmetic": sums.arithmetic,
+    "numbers": sums.numbers,
+    "fact": turns.fact,
+    "list": turns.listing,
+    "spelling": turns.spelling,
+    "repeat": turns.repeating,
+    "json": turns.as_json,
+    "small talk": turns.small_talk,
+    "identity": turns.identity,
+    "ds_serve": turns.about_ds_serve,
+    "unknown": turns.unknown,
+    "story": demo_story.story,
+    "telling": memory.telling,
+    "recalling": memory.recalling,
 }
-TRAIN_SHARES = {"arithmetic": 20, "numbers": 7, "fact": 14, "list": 8, "spelling": 10, "repeat": 4, "json": 2,
-                "small talk": 10, "identity": 7, "ds_serve": 9, "unknown": 11, "story": 1.5, "telling": 8, "recalling": 8}
-HELD_SHARES = {"arithmetic": 40, "fact": 35, "list": 20, "spelling": 20, "numbers": 18, "memory": 15,
-               "ds_serve": 12,
-               "unknown": 10, "small talk": 10, "identity": 8, "repeat": 7, "json": 5}
-NEUTRAL = ["You are a helpful assistant.", "You are a helpful assistant.", "You are a friendly assistant.",
-           "You are a chatbot.",
-           "You are the demo model of ds_serve.", "Answer the user's questions.", "Be brief and polite."]
+TRAIN_SHARES = {
+    "arithmetic": 22,
+    "numbers": 9,
+    "fact": 14,
+    "list": 8,
+    "spelling": 10,
+    "repeat": 4,
+    "json": 2,
+    "small talk": 10,
+    "identity": 7,
+    "ds_serve": 9,
+    "unknown": 11,
+    "story": 1.5,
+    "telling": 9,
+    "recalling": 10,
+}
+HELD_SHARES = {
+    "arithmetic": 40,
+    "fact": 35,
+    "list": 20,
+    "spelling": 20,
+    "numbers": 18,
+    "memory": 15,
+    "ds_serve": 12,
+    "unknown": 10,
+    "small talk": 10,
+    "identity": 8,
+    "repeat": 7,
+    "json": 5,
+}
+NEUTRAL = [
+    "You are a helpful assistant.",
+    "You are a helpful assistant.",
+    "You are a friendly assistant.",
+    "You are a chatbot.",
+    "You are the demo model of ds_serve.",
+    "Answer the user's questions.",
+    "Be brief and polite.",
+]
 ROLES = "assistant tutor teacher helper guide chatbot librarian friend expert secretary coach model".split()
 MANNERS = "helpful friendly polite brief kind honest careful cheerful patient clever quick concise".split()
+STYLED = {"spelling", "repeat", "json", "telling"}  # these choose capitals or small letters themselves
 MISTYPED = {"fact", "small talk", "identity", "ds_serve", "unknown", "story", "recalling"}
-RULES = ["Answer briefly.", "Be polite.", "Answer in English.", "Do not lie.", "Keep it short.",
-         "Help the user.", "Think before you answer.",
-         "Answer in one sentence.", "Always be kind.", "If you do not know, say so.", "Use simple words.", "Never be rude."]
+RULES = [
+    "Answer briefly.",
+    "Be polite.",
+    "Answer in English.",
+    "Do not lie.",
+    "Keep it short.",
+    "Help the user.",
+    "Think before you answer.",
+    "Answer in one sentence.",
+    "Always be kind.",
+    "If you do not know, say so.",
+    "Use simple words.",
+    "Never be rude.",
+]
 
 
 @dataclass(frozen=True)
@@ -59,30 +114,36 @@ def normal(text: str) -> str:
 def mistyped(rng: random.Random, text: str) -> str:
     """The text with one letter left out, doubled or swapped with the next."""
     at = rng.randrange(len(text) - 1)
-    if not text[at: at + 2].isalpha():
+    if not text[at : at + 2].isalpha():
         return text
-    return rng.choice([text[:at] + text[at + 1:], text[:at] + text[at] + text[at:],
-                       text[:at] + text[at + 1] + text[at] + text[at + 2:]])
+    return rng.choice(
+        [
+            text[:at] + text[at + 1 :],
+            text[:at] + text[at] + text[at:],
+            text[:at] + text[at + 1] + text[at] + text[at + 2 :],
+        ]
+    )
 
 
-def rough(rng: random.Random, text: str, typos: bool) -> str:
+def rough(rng: random.Random, text: str, kind: str) -> str:
     """The text as a stranger may type it: small first letter, no closing mark, contracted, with a please or a typo."""
-    if typos and len(text) > 5 and rng.random() < 0.06:
+    if kind in MISTYPED and len(text) > 5 and rng.random() < 0.06:
         text = mistyped(rng, text)
     if rng.random() < 0.15:
-        text = text.replace("What is", "What's", 1).replace("Who is", "Who's", 1).replace("do not", "don't",
-                                                                                          1)
+        text = (
+            text.replace("What is", "What's", 1).replace("Who is", "Who's", 1).replace("do not", "don't", 1)
+        )
     if rng.random() < 0.12:
         text = text.replace("'s ", "s ", 1)
     if rng.random() < 0.15:
         text = text.replace("I'm", "I am", 1) if "I'm" in text else text.replace("I am", "I'm", 1)
-    if rng.random() < 0.3:
+    if rng.random() < 0.3 and not text.isupper():
         text = text[0].lower() + text[1:]
     if rng.random() < 0.3 and text[-1] in ".?!":
         text = text[:-1]
     elif rng.random() < 0.05 and text[-1] in ".?!":
         text = text[:-1] + rng.choice([" please", ", please.", ", please?", "!!", "??", " :)", "..."])
-    return text
+    return text if kind in STYLED else turns.cased(rng)(text)
 
 
 def _system(rng: random.Random, talk: Talk) -> str | None:
@@ -97,24 +158,41 @@ def _system(rng: random.Random, talk: Talk) -> str | None:
     name = turns.person(rng)
     if chance < 0.67:
         talk.persona = name
-        said = rng.choice(["Your name is {n}. {b}", "You are {n}. {b}",
-                           "You are {n}, a " + rng.choice(ROLES) + ".", "{b} Your name is {n}."])
+        said = rng.choice(
+            [
+                "Your name is {n}. {b}",
+                "You are {n}. {b}",
+                "You are {n}, a " + rng.choice(ROLES) + ".",
+                "{b} Your name is {n}.",
+            ]
+        )
         return said.format(n=name, b=base)
     if chance < 0.74:
         talk.known["name"] = name
-        return rng.choice(["The user's name is {n}. {b}", "{b} The user is called {n}.",
-                           "{b} You talk to {n}."]).format(n=name, b=base)
+        return rng.choice(
+            ["The user's name is {n}. {b}", "{b} The user is called {n}.", "{b} You talk to {n}."]
+        ).format(n=name, b=base)
     if chance < 0.8:
-        talk.ending = rng.choice([turns.some_word(rng), rng.choice(["over", "meow", "woof", "my friend",
-                                                                    "sir", "amen", "ahoy", "cheers"])])
-        said = rng.choice(["{b} End every answer with \"{w}\".", "End every answer with \"{w}\". {b}",
-                           "{b} Always end with \"{w}\"."])
+        talk.ending = rng.choice(
+            [
+                turns.some_word(rng),
+                rng.choice(["over", "meow", "woof", "my friend", "sir", "amen", "ahoy", "cheers"]),
+            ]
+        )
+        said = rng.choice(
+            [
+                '{b} End every answer with "{w}".',
+                'End every answer with "{w}". {b}',
+                '{b} Always end with "{w}".',
+            ]
+        )
         return said.format(b=base, w=talk.ending)
     return base
 
 
-def _draw(rng: random.Random, kind: str, talk: Talk, held: bool, what: str | None = None) -> tuple[str,
-                                                                                                   list[str]]:
+def _draw(
+    rng: random.Random, kind: str, talk: Talk, held: bool, what: str | None = None
+) -> tuple[str, list[str]]:
     """(user text, answers) of one turn of the asked side; the talk takes in what the turn says."""
     while True:
         talk.pending = {}
@@ -130,22 +208,19 @@ def _draw(rng: random.Random, kind: str, talk: Talk, held: bool, what: str | Non
 
 def _exchange(rng: random.Random, kind: str, talk: Talk) -> list[Message]:
     text, answers = _draw(rng, kind, talk, held=False)
-    return [{"role": "user", "content": rough(rng, text, kind in MISTYPED)},
-            {"role": "assistant", "content": turns.first_most(rng, answers)}]
+    return [
+        {"role": "user", "content": rough(rng, text, kind)},
+        {"role": "assistant", "content": turns.first_most(rng, answers)},
+    ]
 
 
-def training_dialogue(rng: random.Random, turns_at_most: int | None = None,
-                      shares: dict[str, float] | None = None) -> list[Message]:
-    """One dialogue of the train side: an optional system message, then user and assistant in turn.
-
-    `shares` replaces the kinds' shares, TRAIN_SHARES.
-    """
+def training_dialogue(rng: random.Random, turns_at_most: int | None = None) -> list[Message]:
+    """One dialogue of the train side: an optional system message, then user and assistant in turn."""
     talk = Talk()
     system = _system(rng, talk)
     messages = [] if system is None else [{"role": "system", "content": system}]
     count = turns_at_most or rng.choice([1, 1, 1, 1, 2, 2, 3, 4, 5, rng.randint(6, 12)])
-    shares = shares or TRAIN_SHARES
-    for kind in rng.choices(list(shares), list(shares.values()), k=count):
+    for kind in rng.choices(list(TRAIN_SHARES), list(TRAIN_SHARES.values()), k=count):
         messages += _exchange(rng, kind, talk)
     return messages
 
@@ -158,7 +233,7 @@ def plain_text(rng: random.Random) -> str:
         key = rng.choice(list(table))
         sentences.append(turns.fill(answer, k=key, v=table[key]))
     if rng.random() < 0.25:
-        return turns.story(rng, Talk())[2][0]
+        return demo_story.story(rng, Talk())[2][0]
     if rng.random() < 0.15:
         first = rng.randint(1, 60)
         return ", ".join(str(first + i) for i in range(rng.randint(5, 30)))
@@ -172,8 +247,9 @@ def _probe(rng: random.Random, kind: str) -> Probe:
     system = _system(rng, talk)
     messages = [] if system is None else [{"role": "system", "content": system}]
     filler = rng.choice([0, 0, 1, 2, 4])
-    before = [k for k in rng.choices(list(TRAIN_SHARES), list(TRAIN_SHARES.values()),
-                                     k=filler) if k != "telling"]
+    before = [
+        k for k in rng.choices(list(TRAIN_SHARES), list(TRAIN_SHARES.values()), k=filler) if k != "telling"
+    ]
     what = None
     if kind == "memory":
         what = rng.choice(list(memory.MEMORY))
@@ -214,8 +290,9 @@ def is_right(probe: Probe, reply: str) -> bool:
     found = LIST_ANSWER.match(said)
     if not found or found.group(1, 2) != wanted.group(1, 2):
         return False
-    ending = wanted.group(3).rsplit(" and ", 1)[1].split(" ",
-                                                         1)[1:]  # what a system prompt asked for at the end
+    ending = (
+        wanted.group(3).rsplit(" and ", 1)[1].split(" ", 1)[1:]
+    )  # what a system prompt asked for at the end
     listed = found.group(3)
     if ending:
         if not listed.endswith(f" {ending[0]}"):

@@ -1,11 +1,12 @@
 """Tables of facts, words and phrasings that the demo model's dialogues are made of.
 
-Plain data, parsed from compact strings (`key=value` pairs separated by blanks,
-                                         `_` for a blank inside a name).
+Plain data, parsed from compact strings (`key=value` pairs separated by blanks, `_` for a blank inside a name).
 It knows nothing of dialogues, splits or tokens. `demo_data.py` reads it, nobody else.
 """
 
 from __future__ import annotations
+
+# fmt: off
 
 
 def _pairs(text: str) -> dict[str, str]:
@@ -247,8 +248,9 @@ SINGLE_FACTS: list[tuple[str, list[str]]] = [
     ("The planets are Mercury, Venus, Earth, Mars, Jupiter, Saturn, Uranus and Neptune.",
      ["What are the planets?", "Name the planets.", "List the planets of the solar system."]),
     ("The alphabet is a b c d e f g h i j k l m n o p q r s t u v w x y z.",
-     ["Say the alphabet.", "What is the alphabet?", "Write down the alphabet.",
-      "List the letters of the alphabet."]),
+     ["List the letters of the alphabet.", "Say the alphabet.", "What is the alphabet?", "Write down the alphabet.",
+      "List the alphabet.", "Tell me the alphabet.", "What are the letters of the alphabet?", "Name the letters of the alphabet.",
+      "The alphabet"]),
     ("The alphabet has 26 letters.", ["How many letters does the alphabet have?",
                                       "How many letters are in the alphabet?"]),
     ("A rainbow is red, orange, yellow, green, blue, indigo and violet.",

@@ -1,17 +1,19 @@
 """What the demo model says of itself, of ds_serve and in small talk: phrasings with their answers.
 
-Plain data: each entry is (answers, phrasings); the first answer is the usual one,
-the others are rarer. It knows
-nothing of dialogues, splits or tokens. `demo_data.py` reads it, nobody else.
+Plain data: each entry is (answers, phrasings); the first answer is the usual one, the others are rarer. It
+knows nothing of dialogues, splits or tokens. The modules of turns read it.
 """
 
 from __future__ import annotations
+
+# fmt: off
 
 UNKNOWN = ("I am only a tiny demo model, so I do not know that. "
            "You can ask me about small sums, capitals, opposites, spelling, lists or ds_serve.")
 UNABLE = ("I am only a tiny demo model, so I cannot do that. "
           "You can ask me about small sums, capitals, opposites, spelling, lists or ds_serve.")
 UNCLEAR = "I am only a tiny demo model and did not understand that. Could you say it in other words?"
+TOO_LONG = "That list is too long for me. I can list up to ten."
 ABLE = ("I am a tiny demo model. I can do small sums, name capitals, colours and opposites, spell words, "
         "make lists, "
         "remember what you tell me, tell jokes and short stories, and answer questions about ds_serve.")
@@ -165,6 +167,10 @@ DS_SERVE: list[tuple[list[str], list[str]]] = [
       "How can I serve my model?",
       "How do I run ds_serve?", "How do I use ds_serve?", "What does ds-serve serve do?",
       "How do I launch the server?"]),
+    (["Run `make run` in the repository, which installs ds_serve and serves the demo, or install it with pip."],
+     ["How do I install ds_serve?", "How can I install ds_serve?", "How do I get ds_serve?", "How is ds_serve installed?",
+      "How do I set up ds_serve?", "Can I pip install ds_serve?", "How do I try the demo?", "Install ds_serve.",
+      "How do I run the demo?", "How do I get started?"]),
     (["Run ds-serve generate with your model and a prompt."],
      ["How do I generate text?", "What does ds-serve generate do?",
       "How do I generate text without a server?",
@@ -240,7 +246,9 @@ DS_SERVE: list[tuple[list[str], list[str]]] = [
      ["What is preemption?", "What happens when memory is short?", "Explain preemption.",
       "What if the KV cache is full?"]),
     (["DeepSpeed is a library that makes training and inference of large models fast."],
-     ["What is DeepSpeed?", "Explain DeepSpeed.", "Tell me about DeepSpeed.", "What is Deepspeed?"]),
+     ["What is DeepSpeed?", "Explain DeepSpeed.", "Tell me about DeepSpeed.", "What is Deepspeed?",
+      "What does DeepSpeed do?", "What is DeepSpeed for?", "Why should I use DeepSpeed?", "Describe DeepSpeed.",
+      "What can DeepSpeed do?", "How does DeepSpeed help?", "What is deep speed?", "Do you know DeepSpeed?"]),
     (["Hugging Face makes the transformers library and hosts many models."],
      ["What is Hugging Face?", "What is transformers?", "Tell me about Hugging Face."]),
     (["A token is a small piece of text: a word, a part of a word or a sign."],

@@ -3,10 +3,9 @@
     python scripts/train_demo.py --out ds_serve/demo/model              # on CUDA, as shipped
     python scripts/train_demo.py --out /tmp/demo --steps 20 --rows 4    # a trial on a CPU
 
-Batch i is a function of (seed,
-                          i) alone, made by worker processes ahead of the training loop; nothing is read from
-disk or network. The loss counts what the assistant says, and the end mark after it. Rows are packed with
-dialogues that do not see each other; every sixth batch holds dialogues of up to 2048 tokens. On CUDA the
+Batch i is a function of (seed, i) alone, made by worker processes ahead of the training loop; nothing is
+read from disk or network. The loss counts what the assistant says, and the end mark after it. Rows are packed
+with dialogues that do not see each other; every sixth batch holds dialogues of up to 2048 tokens. On CUDA the
 arithmetic is bf16 with float32 weights, on a CPU float32. Knows nothing of ds_serve.
 """
 
@@ -32,8 +31,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import demo_card
 import demo_data
 
-PAD, END, SYSTEM, USER, ASSISTANT = SPECIALS = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>",
-                                                "<|assistant|>"]
+PAD, END, SYSTEM, USER, ASSISTANT = SPECIALS = [
+    "<|pad|>",
+    "<|end|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+]
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
@@ -41,7 +45,8 @@ CHAT_TEMPLATE = (
     "{% endif %}"
     "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
 CONTEXT = 2048
 SHORT = 512
 
@@ -51,10 +56,15 @@ def train_tokenizer(seed: int, dialogues: int, vocab: int) -> Tokenizer:
     rng = random.Random(f"tokenizer/{seed}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=SPECIALS, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=SPECIALS,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     texts = (m["content"] for _ in range(dialogues) for m in demo_data.training_dialogue(rng))
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
@@ -64,8 +74,9 @@ def encoded(tokenizer: Tokenizer, messages: list[dict[str, str]], limit: int) ->
     """Token ids of a dialogue and whether each is to be learnt; cut after the last turn within `limit`."""
     ids: list[int] = []
     learn: list[bool] = []
-    for message, piece in zip(messages, tokenizer.encode_batch([m["content"] for m in messages]),
-                              strict=True):
+    for message, piece in zip(
+        messages, tokenizer.encode_batch([m["content"] for m in messages]), strict=True
+    ):
         said = message["role"] == "assistant"
         if len(ids) + len(piece.ids) + 2 > limit:
             break
@@ -77,10 +88,9 @@ def encoded(tokenizer: Tokenizer, messages: list[dict[str, str]], limit: int) ->
 _worker: dict = {}
 
 
-def _start_worker(tokenizer_json: str, seed: int, rows: int, products: float) -> None:
+def _start_worker(tokenizer_json: str, seed: int, rows: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    shares = demo_data.TRAIN_SHARES | {"products": products}
-    _worker.update(tokenizer=Tokenizer.from_str(tokenizer_json), seed=seed, rows=rows, shares=shares)
+    _worker.update(tokenizer=Tokenizer.from_str(tokenizer_json), seed=seed, rows=rows)
 
 
 def make_batch(step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -96,7 +106,7 @@ def make_batch(step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             doc, mask = text[:length], [True] * min(len(text), length)
         else:
             turns = rng.randint(20, 90) if long and rng.random() < 0.5 else None
-            doc, mask = encoded(tokenizer, demo_data.training_dialogue(rng, turns, _worker["shares"]), length)
+            doc, mask = encoded(tokenizer, demo_data.training_dialogue(rng, turns), length)
         if used + len(doc) > length:
             row, used = row + 1, 0
             if row == rows:
@@ -108,8 +118,9 @@ def make_batch(step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return ids, docs, learn
 
 
-def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, docs: torch.Tensor,
-            learn: torch.Tensor) -> torch.Tensor:
+def loss_of(
+    model: LlamaForCausalLM, ids: torch.Tensor, docs: torch.Tensor, learn: torch.Tensor
+) -> torch.Tensor:
     """Mean cross entropy of the learnt tokens of packed [rows, length]; attention stays in a document."""
     length = ids.shape[1]
     places = torch.arange(length, device=ids.device)
@@ -117,8 +128,9 @@ def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, docs: torch.Tensor,
     starts[:, 0] = 0
     position = places - torch.cummax(starts, 1).values
     mask = (docs[:, None, :, None] == docs[:, None, None, :]) & (places[:, None] >= places)
-    hidden = model.model(input_ids=ids, position_ids=position, attention_mask=mask,
-                         use_cache=False).last_hidden_state
+    hidden = model.model(
+        input_ids=ids, position_ids=position, attention_mask=mask, use_cache=False
+    ).last_hidden_state
     rows, cols = torch.nonzero(learn[:, 1:], as_tuple=True)
     logits = model.lm_head(hidden[rows, cols])
     return torch.nn.functional.cross_entropy(logits.float(), ids[rows, cols + 1])
@@ -128,9 +140,12 @@ def train(model: LlamaForCausalLM, batches, args: argparse.Namespace, device: st
     """AdamW with warm-up and cosine decay; ends after args.steps or args.minutes, whichever comes first."""
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1},
-                                   {"params": others, "weight_decay": 0.0}],
-                                  lr=args.lr, betas=(0.9, 0.95), fused=device == "cuda")
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=args.lr,
+        betas=(0.9, 0.95),
+        fused=device == "cuda",
+    )
     tokens = learnt = step = 0
     begun, waited = time.perf_counter(), 0.0
     model.train()
@@ -154,26 +169,40 @@ def train(model: LlamaForCausalLM, batches, args: argparse.Namespace, device: st
         optimizer.step()
         step, tokens, learnt = step + 1, tokens + int((arrays[1] > 0).sum()), learnt + int(arrays[2].sum())
         if step % args.report == 0 or step == 1:
-            print(f"step {step} loss {loss.item():.4f} lr {rate:.2e} tokens {tokens / 1e6:.1f} M "
-                  f"time {time.perf_counter() - begun:.0f} s (waited for data {waited:.0f} s)", flush=True)
-    return {"steps": step, "tokens": tokens, "learnt_tokens": learnt, "loss": round(loss.item(), 4),
-            "seconds": round(time.perf_counter() - begun, 1)}
+            print(
+                f"step {step} loss {loss.item():.4f} lr {rate:.2e} tokens {tokens / 1e6:.1f} M "
+                f"time {time.perf_counter() - begun:.0f} s (waited for data {waited:.0f} s)",
+                flush=True,
+            )
+    return {
+        "steps": step,
+        "tokens": tokens,
+        "learnt_tokens": learnt,
+        "loss": round(loss.item(), 4),
+        "seconds": round(time.perf_counter() - begun, 1),
+    }
 
 
 @torch.inference_mode()
-def reply_to(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast,
-             dialogues: list[list[dict[str, str]]],
-             batch: int = 100) -> list[str]:
+def reply_to(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    dialogues: list[list[dict[str, str]]],
+    batch: int = 250,
+) -> list[str]:
     """Greedy replies of at most 160 tokens, in batches padded on the left."""
     replies = []
     for start in range(0, len(dialogues), batch):
-        texts = [tokenizer.apply_chat_template(d, tokenize=False, add_generation_prompt=True)
-                 for d in dialogues[start:start + batch]]
-        inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left",
-                           add_special_tokens=False)
+        texts = [
+            tokenizer.apply_chat_template(d, tokenize=False, add_generation_prompt=True)
+            for d in dialogues[start : start + batch]
+        ]
+        inputs = tokenizer(
+            texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
+        )
         inputs = {k: v.to(model.device) for k, v in inputs.items() if k != "token_type_ids"}
         out = model.generate(**inputs, do_sample=False, max_new_tokens=160)
-        replies += tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+        replies += tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return replies
 
 
@@ -184,8 +213,10 @@ def evaluate(folder: Path, device: str, dtype: torch.dtype, n: int) -> dict[str,
     probes = demo_data.held_back(n)
     replies = reply_to(model, tokenizer, [p.messages for p in probes])
     right = [demo_data.is_right(p, r) for p, r in zip(probes, replies, strict=True)]
-    asked, good = Counter(p.kind for p in probes), Counter(p.kind for p,
-                                                           ok in zip(probes, right, strict=True) if ok)
+    asked, good = (
+        Counter(p.kind for p in probes),
+        Counter(p.kind for p, ok in zip(probes, right, strict=True) if ok),
+    )
     for kind in asked:
         print(f"{kind:12} {good[kind]:4} of {asked[kind]:4}")
     print(f"held-back, {dtype}: {sum(right)} of {len(right)} right")
@@ -195,10 +226,15 @@ def evaluate(folder: Path, device: str, dtype: torch.dtype, n: int) -> dict[str,
 
 
 def save(model: LlamaForCausalLM, raw: Tokenizer, out: Path) -> None:
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token=PAD, eos_token=END,
-                                        model_max_length=CONTEXT,
-                                        extra_special_tokens=[SYSTEM, USER, ASSISTANT],
-                                        clean_up_tokenization_spaces=False, padding_side="left")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token=PAD,
+        eos_token=END,
+        model_max_length=CONTEXT,
+        extra_special_tokens=[SYSTEM, USER, ASSISTANT],
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(out, save_jinja_files=False)
     model.to(torch.bfloat16).save_pretrained(out)
@@ -206,45 +242,48 @@ def save(model: LlamaForCausalLM, raw: Tokenizer, out: Path) -> None:
 
 
 def start_model(args: argparse.Namespace, tokenizer: Tokenizer) -> LlamaForCausalLM:
-    """The weights to go on from, or new ones of the demo's shape, in float32."""
-    if args.resume:
-        return LlamaForCausalLM.from_pretrained(args.resume, dtype=torch.float32)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=args.vocab, hidden_size=256, num_hidden_layers=8, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=32, intermediate_size=512, max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.token_to_id(PAD), bos_token_id=None, eos_token_id=tokenizer.token_to_id(END)))
+    """New weights of the demo's shape, in float32."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=args.vocab,
+            hidden_size=256,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=32,
+            intermediate_size=512,
+            max_position_embeddings=CONTEXT,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.token_to_id(PAD),
+            bos_token_id=None,
+            eos_token_id=tokenizer.token_to_id(END),
+        )
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--resume", type=Path, help="go on from the weights and the tokenizer of this folder")
-    parser.add_argument("--products", type=float, default=0.0,
-                        help="extra share of products (the kinds' shares sum to about 120)")
     parser.add_argument("--seed", type=int, default=20261122)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--minutes", type=float, default=60.0, help="the decay ends here at the latest")
-    parser.add_argument("--rows", type=int, default=256, help=f"rows of {SHORT} tokens in a batch")
+    parser.add_argument("--steps", type=int, default=8800)
+    parser.add_argument("--minutes", type=float, default=6.9, help="the decay ends here at the latest")
+    parser.add_argument("--rows", type=int, default=96, help=f"rows of {SHORT} tokens in a batch")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--warmup", type=int, default=200)
     parser.add_argument("--vocab", type=int, default=2048)
-    parser.add_argument("--tokenizer-dialogues", type=int, default=60_000)
+    parser.add_argument("--tokenizer-dialogues", type=int, default=30_000)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
-    parser.add_argument("--probes", type=int, default=2000, help="held-back prompts for the card's table")
+    parser.add_argument("--probes", type=int, default=1000, help="held-back prompts for the card's table")
     parser.add_argument("--report", type=int, default=100)
     args = parser.parse_args()
     begun = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
-    if args.resume:
-        raw = Tokenizer.from_file(str(args.resume / "tokenizer.json"))
-    else:
-        raw = train_tokenizer(args.seed, args.tokenizer_dialogues, args.vocab)
+    raw = train_tokenizer(args.seed, args.tokenizer_dialogues, args.vocab)
     print(f"tokenizer: {raw.get_vocab_size()} tokens, {time.perf_counter() - begun:.0f} s", flush=True)
-    with multiprocessing.get_context("spawn").Pool(args.workers, _start_worker,
-                                                   (raw.to_str(), args.seed, args.rows,
-                                                    args.products)) as pool:
+    with multiprocessing.get_context("spawn").Pool(
+        args.workers, _start_worker, (raw.to_str(), args.seed, args.rows)
+    ) as pool:
         batches = pool.imap(make_batch, range(args.steps))
         model = start_model(args, raw).to(device)
         parameters = sum(p.numel() for p in model.parameters())
@@ -252,13 +291,15 @@ def main() -> None:
         record = train(model, batches, args, device)
         pool.terminate()
     save(model, raw, args.out)
-    record |= {"seed": args.seed, "batch_rows": args.rows, "lr": args.lr, "parameters": parameters,
-               "torch": torch.__version__,
-               "device": torch.cuda.get_device_name() if device == "cuda" else "CPU"}
-    record["held_back"] = evaluate(args.out, device, torch.bfloat16, 200)
-    record["held_back_many"] = evaluate(args.out, device, torch.float32, args.probes)
-    if args.resume:
-        record["resumed_from"] = json.loads((args.resume / "training.json").read_text())
+    record |= {
+        "seed": args.seed,
+        "batch_rows": args.rows,
+        "lr": args.lr,
+        "parameters": parameters,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+    }
+    record["held_back"] = evaluate(args.out, device, torch.float32, args.probes)
     (args.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     (args.out / "README.md").write_text(demo_card.card(record))
     print(json.dumps(record))

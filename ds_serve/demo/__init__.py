@@ -18,6 +18,8 @@ def model_path() -> str:
     """
     folder = Path(__file__).resolve().parent / "model"
     if not (folder / "model.safetensors").is_file():
-        raise FileNotFoundError(f"the demo model's weights are missing from {folder}: reinstall ds_serve, "
-                                f"or make them with scripts/train_demo.py --out {folder}")
+        raise FileNotFoundError(
+            f"the demo model's weights are missing from {folder}: reinstall ds_serve, "
+            f"or make them with scripts/train_demo.py --out {folder}"
+        )
     return str(folder)

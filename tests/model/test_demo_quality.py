@@ -19,12 +19,32 @@ from ds_serve.demo import model_path
 FOLDER = Path(model_path())
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 FIRST_PROMPTS = {
-    "Hello!": "hello", "Hi": "hello", "hey": "hello", "What is your name?": "demo", "Who are you?": "demo",
-    "What can you do?": "tiny demo model", "What is ds_serve?": "deepspeed", "2+3": "2 + 3 = 5",
-    "What is 12 + 30?": "= 42", "7*6": "= 42", "What is the capital of France?": "paris", "thanks": "welcome",
-    "Tell me a joke": "?", "Spell cat": "c-a-t", "List three fruits": "three fruits", "bye": "bye",
+    "Hello!": "hello",
+    "Hi": "hello",
+    "hey": "hello",
+    "What is your name?": "demo",
+    "Who are you?": "demo",
+    "What can you do?": "tiny demo model",
+    "What is ds_serve?": "deepspeed",
+    "2+3": "2 + 3 = 5",
+    "What is 12 + 30?": "= 42",
+    "7*6": "= 42",
+    "What is the capital of France?": "paris",
+    "thanks": "welcome",
+    "Tell me a joke": "?",
+    "Spell cat": "c-a-t",
+    "List three fruits": "three fruits",
+    "bye": "bye",
     "Who won the world cup in 2010?": "tiny demo model",
     "Write a Python function that sorts a list.": "tiny demo model",
+    "my name is bob": "nice to meet you, bob",
+    "WHAT IS THE CAPITAL OF FRANCE?": "paris",
+    "how do I install ds_serve?": "make run",
+    "What does DeepSpeed do?": "large models",
+    "List the letters of the alphabet.": "x y z",
+    "17 * 3": "too big",
+    "-3 + 5": "too hard",
+    "List twelve fruits": "too long",
 }
 
 
@@ -56,9 +76,13 @@ def model():
 
 
 @torch.inference_mode()
-def greedy(model, tokenizer, dialogues: list[list[dict[str, str]]], sizes: list[int] | None = None,
-           batch: int = 100,
-           ) -> list[str]:
+def greedy(
+    model,
+    tokenizer,
+    dialogues: list[list[dict[str, str]]],
+    sizes: list[int] | None = None,
+    batch: int = 100,
+) -> list[str]:
     """Replies in the dialogues' order, computed in batches padded on the left.
 
     `sizes` are the replies' expected lengths: equal ones share a batch, so that short waits for no long.
@@ -67,11 +91,16 @@ def greedy(model, tokenizer, dialogues: list[list[dict[str, str]]], sizes: list[
     order = sorted(range(len(texts)), key=lambda i: sizes[i] if sizes else 0)
     replies = [""] * len(texts)
     for start in range(0, len(order), batch):
-        rows = order[start:start + batch]
-        inputs = tokenizer([texts[i] for i in rows], return_tensors="pt", padding=True, padding_side="left",
-                           return_token_type_ids=False)
+        rows = order[start : start + batch]
+        inputs = tokenizer(
+            [texts[i] for i in rows],
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+            return_token_type_ids=False,
+        )
         out = model.generate(**inputs, do_sample=False, max_new_tokens=160)
-        new = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+        new = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for i, reply in zip(rows, new, strict=True):
             replies[i] = reply
     return replies
@@ -79,9 +108,14 @@ def greedy(model, tokenizer, dialogues: list[list[dict[str, str]]], sizes: list[
 
 def test_folder_is_small_and_whole():
     files = {p.name: p.stat().st_size for p in FOLDER.iterdir()}
-    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-            "tokenizer_config.json",
-            "README.md"} <= set(files)
+    assert {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "README.md",
+    } <= set(files)
     assert sum(files.values()) <= 12_000_000, files
 
 
@@ -113,9 +147,9 @@ def test_chat_template(tokenizer, model):
     ids = tokenizer(text)["input_ids"]
     assert len([i for i in ids if i < 5]) == 5, "each mark is one token"
     assert tokenizer.decode(ids) == text
-    begun = tokenizer.apply_chat_template([*talk, {"role": "assistant", "content": "Hello, I"}],
-                                          tokenize=False,
-                                          continue_final_message=True)
+    begun = tokenizer.apply_chat_template(
+        [*talk, {"role": "assistant", "content": "Hello, I"}], tokenize=False, continue_final_message=True
+    )
     assert begun == text + "Hello, I"
     assert tokenizer.eos_token == "<|end|>"
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
@@ -168,6 +202,9 @@ def test_answers_to_held_back_prompts(demo_data, model, tokenizer):
 
 def test_first_prompts_of_a_stranger(model, tokenizer):
     replies = greedy(model, tokenizer, [[{"role": "user", "content": text}] for text in FIRST_PROMPTS])
-    wrong = {text: reply for (text, part), reply in zip(FIRST_PROMPTS.items(), replies, strict=True)
-             if part not in reply.lower()}
+    wrong = {
+        text: reply
+        for (text, part), reply in zip(FIRST_PROMPTS.items(), replies, strict=True)
+        if part not in reply.lower()
+    }
     assert not wrong
