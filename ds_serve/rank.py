@@ -36,9 +36,8 @@ def build_local_engine(settings: Settings) -> LocalEngine:
 
 
 def _build(settings: Settings) -> tuple[Scheduler, LocalRank, EngineInfo]:
-    _set_threads(settings)
-    worker = Worker(load(settings), settings)
-    info = worker.info(settings)
+    rank = LocalRank(lambda: _build_worker(settings))
+    info = rank.worker.info(settings)
     limits = Limits(
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
@@ -52,12 +51,13 @@ def _build(settings: Settings) -> tuple[Scheduler, LocalRank, EngineInfo]:
     cache = CacheManager(
         info.num_blocks, info.block_size, identity=identity, prefix_caching=settings.prefix_caching
     )
-    return Scheduler(limits, cache), LocalRank(worker.step, lambda: _set_threads(settings)), info
+    return Scheduler(limits, cache), rank, info
 
 
-def _set_threads(settings: Settings) -> None:
+def _build_worker(settings: Settings) -> Worker:
     if settings.num_threads is not None:
-        torch.set_num_threads(settings.num_threads)  # OpenMP keeps it for each thread that starts regions
+        torch.set_num_threads(settings.num_threads)
+    return Worker(load(settings), settings)
 
 
 def main(folder: str) -> int:
