@@ -28,6 +28,8 @@ class AttentionBatch:
     block_tables  int32[R, B] block ids in order, padded with 0
     positions     int64[T]    position of each token in its sequence
     max_query_len, num_tokens plain ints, so that nobody needs to ask the device
+    sampled       int64[S] or None  the tokens whose logits are wanted (None: all); a last layer may leave
+                  the others' hidden states unfinished, once their KV is written
     """
 
     slab: torch.Tensor
@@ -39,6 +41,7 @@ class AttentionBatch:
     positions: torch.Tensor
     max_query_len: int
     num_tokens: int
+    sampled: torch.Tensor | None = None
 
 
 current_batch: ContextVar[AttentionBatch | None] = ContextVar("ds_serve_attention_batch", default=None)

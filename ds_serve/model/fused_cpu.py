@@ -134,6 +134,7 @@ class FusedDecoderLayer(nn.Module):
         if hasattr(layer, "attention_type"):  # the model's loop reads it in older transformers
             self.attention_type = layer.attention_type
         self._next: tuple[torch.Tensor | None] = (None,)
+        self.is_last = False  # set by injection.py: then only sampled tokens go on after attention
         self._take_attention(attention, layer.input_layernorm)
         self._take_mlp(ffn, layer.post_attention_layernorm)
 
@@ -196,10 +197,18 @@ class FusedDecoderLayer(nn.Module):
         x = hidden_states
         q, k, v = OPS.attention_in(x, *self._in, *position_embeddings, *self._heads, self._out[0])
         attended = self._attend(q, k, v)
-        if self.reduce is None:
-            x = OPS.projection(attended, *self._out, self._out_bias, x, self._mlp[2])
-            return OPS.mlp(x, *self._mlp, self._down_bias, self._inner, True, *self._next)
-        return self._sharded(attended, x)
+        batch = current_batch.get()
+        rows = batch.sampled if self.is_last and batch is not None else None
+        if rows is None or len(rows) == x.shape[1]:
+            return self._second_part(attended, x)
+        return x.index_copy(1, rows, self._second_part(attended[rows], x[:, rows]))
+
+    def _second_part(self, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """From attention's output [T, H, D] and the residual [1, T, hidden] to the layer's output."""
+        if self.reduce is not None:
+            return self._sharded(attended, x)
+        x = OPS.projection(attended, *self._out, self._out_bias, x, self._mlp[2])
+        return OPS.mlp(x, *self._mlp, self._down_bias, self._inner, True, *self._next)
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q, k, v [T, heads, D] -> [T, H, D]."""

@@ -97,6 +97,8 @@ def _shorten_loop(model: nn.Module) -> None:
     for layer, following in zip(base.layers, [*base.layers, head][1:], strict=True):
         if isinstance(layer, FusedDecoderLayer) and isinstance(following, FusedDecoderLayer | PackedLinear):
             layer.precede(following)
+    if isinstance(base.layers[-1], FusedDecoderLayer):
+        base.layers[-1].is_last = True
     base.layers = LayerList(base.layers)
     model.config._attn_implementation = NAME_WITHOUT_MASK
 

@@ -22,13 +22,14 @@ class StepInputs:
     """A step's model inputs on the device: T tokens of R rows in one packed row.
 
     input_ids    int64[1, T]
-    sampled      indices into T of the tokens whose logits are needed, int64[S]
     slots, positions of the S tokens to be drawn
+
+    attention.sampled tells which of the T tokens these are. Where none is to be drawn it names token 0, so that
+    every model's head has a row to work on.
     """
 
     input_ids: torch.Tensor
     attention: AttentionBatch
-    sampled: torch.Tensor
     slots: list[int]
     positions: list[int]
 
@@ -78,6 +79,7 @@ class SlotTable:
         device = slab.device
         samples = np.array([row.sample for row in rows])
         ends = starts + counts
+        sampled = (query_start[1:] - 1)[samples] if samples.any() else np.zeros(1)
         attention = AttentionBatch(
             slab=slab,
             layout=layout,
@@ -88,11 +90,11 @@ class SlotTable:
             positions=_put(positions, device),
             max_query_len=int(counts.max()),
             num_tokens=num_tokens,
+            sampled=_put(sampled.astype(np.int64), device),
         )
         return StepInputs(
             input_ids=_put(self._tokens[slot_of, positions], device)[None],
             attention=attention,
-            sampled=_put((query_start[1:] - 1)[samples].astype(np.int64), device),
             slots=slots[samples].tolist(),
             positions=ends[samples].tolist(),
         )

@@ -76,15 +76,13 @@ class Worker:
         return StepResult(step=plan.step, token_ids=token_ids, logprobs=asked)
 
     def _forward(self, inputs: StepInputs) -> torch.Tensor:
-        """Logits [S, V] of the tokens to be sampled from."""
-        # A step of chunks alone needs no logits; one row keeps every model's head happy.
-        keep = inputs.sampled if inputs.slots else inputs.sampled.new_zeros(1)
+        """Logits [S, V] of the tokens to be sampled from (one row of no use where there are none)."""
         with use_batch(inputs.attention):
             output = self.model.module(
                 input_ids=inputs.input_ids,
                 position_ids=inputs.attention.positions[None],
                 use_cache=False,
-                logits_to_keep=keep,
+                logits_to_keep=inputs.attention.sampled,
             )
         return output.logits[0]
 

@@ -83,7 +83,7 @@ class Paged:
         self.slab = self.layout.allocate(blocks * 8, "cpu")
         self.length = {}
 
-    def step(self, rows):
+    def step(self, rows, sampled=None):
         positions, slots, starts, ends = [], [], [0], []
         for seq, ids in rows:
             first = self.length.get(seq, 0)
@@ -104,6 +104,7 @@ class Paged:
             torch.tensor(positions),
             max(len(ids) for _, ids in rows),
             len(positions),
+            sampled,
         )
         ids = torch.tensor([[t for _, r in rows for t in r]])
         with torch.inference_mode(), use_batch(batch):
@@ -131,6 +132,18 @@ def steps():
 
 def relative(got, wanted):
     return float((got - wanted).norm() / wanted.norm())
+
+
+def test_the_last_layer_finishes_sampled_tokens_only():
+    _, model, backend = build("qwen3")
+    inject(model, backend)
+    everything, some = Paged(model), Paged(model)
+    for rows in steps():
+        wanted = everything.step(rows)
+        last = torch.tensor([len(ids) for _, ids in rows]).cumsum(0) - 1
+        got = some.step(rows, last)
+        assert relative(got[last], wanted[last]) < 1e-6, rows
+        assert len(last) == len(wanted) or relative(got, wanted) > 0.1
 
 
 @pytest.mark.parametrize("name", MODELS)
