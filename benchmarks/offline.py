@@ -4,8 +4,8 @@
 
 single_ms is the time between two tokens of a lone request; tokens_per_s counts output tokens of N requests at
 once over the whole time, prefill included; ttft_* are of one prompt of --long tokens, first cold, then as a
-prefix hit. Each peer is a process of its own; they take turns, round by round, since these machines are noisy;
-figures are medians over --repeat rounds after one that warms up, best_* the best of them.
+prefix hit. Each peer is a process of its own; they take turns, round by round, since these machines are
+noisy; figures are medians over --repeat rounds after one that warms up, best_* the best of them.
 floor_single_ms is the time to read the weights once at the measured speed of memory, floor_ttft_ms the
 arithmetic of the long prompt at the measured speed of a large bf16 product.
 """

@@ -92,8 +92,8 @@ class KVLayout:
 
 
 def _advise_huge_pages(tensor: torch.Tensor) -> None:
-    """Ask Linux for 2 MiB pages under memory not yet touched: a layer's regions lie a block apart, and with small
-    pages every one of them costs a walk of the page table."""
+    """Ask Linux for 2 MiB pages under memory not yet touched: a layer's regions lie a block apart, and with
+    small pages every one of them costs a walk of the page table."""
     if sys.platform != "linux":
         return
     start = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE

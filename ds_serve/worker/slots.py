@@ -24,8 +24,8 @@ class StepInputs:
     input_ids    int64[1, T]
     slots, positions of the S tokens to be drawn
 
-    attention.sampled tells which of the T tokens these are. Where none is to be drawn it names token 0, so that
-    every model's head has a row to work on.
+    attention.sampled tells which of the T tokens these are. Where none is to be drawn it names token 0, so
+    that every model's head has a row to work on.
     """
 
     input_ids: torch.Tensor
