@@ -1,9 +1,9 @@
 """The one rank of this process, behind the engine's Ranks protocol: a thread that runs plans in order.
 
 The engine plans the next step while this thread runs the last. The thread also builds its worker: OpenMP
-keeps a team for each thread that starts parallel regions, and once there are more threads in teams than cores,
-it puts waiting ones to sleep at every barrier, which costs a small model's step half as much again. Knows
-nothing of what a plan does. Used by rank.py.
+keeps a team for each thread that starts parallel regions, and once there are more threads in teams than
+cores, waiting ones sleep at every barrier, which costs a small model's step half as much again. Knows nothing
+of what a plan does. Used by rank.py.
 """
 
 from __future__ import annotations
