@@ -98,8 +98,7 @@ class TextGenerationPipeline:
         call = self._resolve(arguments)
         inputs, single = self._texts.inputs(text_inputs)
         if call.stream:
-            deltas = self._stream(inputs, call)
-            return (delta for _, delta in deltas) if single else deltas
+            return self._stream(inputs, call, single)
         records = self._records(inputs, call)
         if single:
             [result] = records
@@ -182,15 +181,20 @@ class TextGenerationPipeline:
         """Each input's records, in the order of the inputs."""
         done: dict[int, list] = {}
         following = 0
-        for index, _, records in self._run(inputs, call):
-            if records is not None:
-                done[index] = records
-            while following in done:
-                yield done.pop(following)
-                following += 1
+        # closing: who stops listening ends what is open, now and not when the collector comes by.
+        with contextlib.closing(self._run(inputs, call)) as events:
+            for index, _, records in events:
+                if records is not None:
+                    done[index] = records
+                while following in done:
+                    yield done.pop(following)
+                    following += 1
 
-    def _stream(self, inputs: Iterable[Input], call: Call) -> Iterator[tuple[int, str]]:
-        return ((index, delta) for index, delta, _ in self._run(inputs, call) if delta)
+    def _stream(self, inputs: Iterable[Input], call: Call, single: bool) -> Iterator[Any]:
+        with contextlib.closing(self._run(inputs, call)) as events:
+            for index, delta, _ in events:
+                if delta:
+                    yield delta if single else (index, delta)
 
     def _run(self, inputs: Iterable[Input], call: Call) -> Iterator[Event]:
         arrived: queue.SimpleQueue[tuple[Sequence, Output]] = queue.SimpleQueue()

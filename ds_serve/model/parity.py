@@ -17,8 +17,10 @@ from ds_serve.attention.context import AttentionBatch, use_batch
 from ds_serve.attention.interface import UnsupportedModelError
 from ds_serve.attention.layout import KVLayout
 
-# Largest difference of a logit over the largest logit. Rounding in bf16 reaches 0.03 on tiny random models.
-TOLERANCE = {torch.float32: 1e-3}
+# A token's largest difference of a logit, over the largest logit of all. In fp32 it is 1e-5 and less, so
+# every token counts. In half precision rounding reaches 0.03, and now and then a token of a mixture of experts takes
+# another expert, so the median token of the second chunk counts: state that is lost changes all of them.
+TOLERANCE = 1e-3
 TOLERANCE_HALF = 0.1
 
 
@@ -48,8 +50,11 @@ def verify_paged(
             _chunk(module, ids, layout, slab, start, end) for start, end in ((0, cut), (cut, num_tokens))
         ]
     found = torch.cat(parts)[:, : wanted.shape[-1]]
-    difference = ((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6)).item()
-    bound = TOLERANCE.get(module.dtype, TOLERANCE_HALF)
+    differences = (found - wanted).abs().amax(-1) / wanted.abs().max().clamp_min(1e-6)
+    if module.dtype == torch.float32:
+        difference, bound = differences.max().item(), TOLERANCE
+    else:
+        difference, bound = differences[cut:].median().item(), TOLERANCE_HALF
     if not difference <= bound:  # NaN is a failure too
         raise UnsupportedModelError(
             f"{type(module).__name__}: logits by paged attention ({backend.name}) differ from transformers' "
