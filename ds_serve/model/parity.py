@@ -18,8 +18,8 @@ from ds_serve.attention.interface import UnsupportedModelError
 from ds_serve.attention.layout import KVLayout
 
 # A token's largest difference of a logit, over the largest logit of all. In fp32 it is 1e-5 and less, so
-# every token counts. In half precision rounding reaches 0.03, and now and then a token of a mixture of experts takes
-# another expert, so the median token of the second chunk counts: state that is lost changes all of them.
+# every token counts. In half precision rounding reaches 0.03, and now and then a token of a mixture of
+# experts takes another expert, so the median token of the second chunk counts: lost state changes all.
 TOLERANCE = 1e-3
 TOLERANCE_HALF = 0.1
 
