@@ -89,6 +89,11 @@ class SamplingParams(_Message):
         return frozenset(self.stop_token_ids) | frozenset(() if self.ignore_eos else self.eos_token_ids)
 
 
+def sibling_seed(seed: int, index: int) -> int:
+    """The seed of a prompt's index-th sequence where one seed was given for all: seed + index in 64 bits."""
+    return (seed + index + 2**63) % 2**64 - 2**63
+
+
 # -- front -> engine ---------------------------------------------------------------------------
 
 

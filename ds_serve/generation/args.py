@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ds_serve.messages import SamplingParams
+from ds_serve.messages import SamplingParams, sibling_seed
 
 ENCODE = frozenset(
     "prefix add_special_tokens truncation padding max_length tokenizer_encode_kwargs"
@@ -177,7 +177,7 @@ class GenerateArgs:
             "top_k": fields.get("top_k") or 0,
             "top_p": 1.0 if top_p is None else top_p,
             "min_p": fields.get("min_p") or 0.0,
-            "seed": _spread(self.seed, sample),
+            "seed": sibling_seed(self.seed, sample),
         }
         return SamplingParams(
             max_tokens=max_tokens,
@@ -315,8 +315,3 @@ def _strings(name: str, value: str | Sequence[str] | None) -> tuple[str, ...]:
     if any(not isinstance(string, str) or not string for string in strings):
         raise ValueError(f"{name}: must be one string or several, none of them empty, got {value!r}")
     return tuple(strings)
-
-
-def _spread(seed: int, sample: int) -> int:
-    """The seed of a prompt's sample-th sequence (the seed itself for the first), within 64 bits."""
-    return (seed + sample + 2**63) % 2**64 - 2**63

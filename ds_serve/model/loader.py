@@ -26,7 +26,7 @@ from ds_serve.attention.interface import UnsupportedModelError, install, probe_l
 from ds_serve.attention.layout import KVLayout
 from ds_serve.config import Settings
 from ds_serve.model.injection import InjectionReport, inject
-from ds_serve.model.parity import verify_paged
+from ds_serve.model.parity import plain_logits, verify_paged
 from ds_serve.model.rope import settle_rope
 
 logger = logging.getLogger(__name__)
@@ -59,10 +59,12 @@ def load(settings: Settings) -> LoadedModel:
     module = _shard(_read_weights(settings, config), settings)
     dtype = module.dtype
     backend = select_backend(device, dtype, settings.block_size, settings.attention)
-    verify_paged(module, lambda: install(module, backend), _layout_of(settings, dtype), backend)
+    plain = plain_logits(module)
+    install(module, backend)
+    layout = KVLayout(tuple(probe_layers(module)), settings.block_size, dtype)
+    verify_paged(module, plain, layout, backend)
     max_model_len = _max_model_len(config.get_text_config(decoder=True), settings.max_model_len)
     settle_rope(module, max_model_len)
-    layout = _layout_of(settings, dtype)(module)
     report = inject(module, backend, settings.injection)
     logger.info(
         "%s: %s, %s on %s, attention %s, %d layers fused, %d as they are",
@@ -129,13 +131,6 @@ def _shard(module: nn.Module, settings: Settings) -> nn.Module:
             module, tensor_parallel={"tp_size": 1}, dtype=module.dtype, replace_with_kernel_inject=False
         )
     return engine.module
-
-
-def _layout_of(settings: Settings, dtype: torch.dtype):
-    def layout(module: nn.Module) -> KVLayout:
-        return KVLayout(tuple(probe_layers(module)), settings.block_size, dtype)
-
-    return layout
 
 
 def _device(settings: Settings) -> torch.device:

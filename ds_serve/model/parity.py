@@ -7,8 +7,6 @@ is served. Called by the loader.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
@@ -23,31 +21,25 @@ from ds_serve.attention.layout import KVLayout
 TOLERANCE = 1e-3
 TOLERANCE_HALF = 0.1
 
+NUM_TOKENS = 13
 
-def verify_paged(
-    module: nn.Module,
-    install_paged: Callable[[], None],
-    layout_of: Callable[[nn.Module], KVLayout],
-    backend: Backend,
-    num_tokens: int = 13,
-) -> None:
-    """Installs paged attention and compares. module must still have its own attention.
+
+def plain_logits(module: nn.Module) -> torch.Tensor:
+    """Logits [NUM_TOKENS, V], fp32, of the probe by the attention that module has now."""
+    with torch.inference_mode():
+        return module(input_ids=_probe(module), use_cache=False).logits[0].float()
+
+
+def verify_paged(module: nn.Module, wanted: torch.Tensor, layout: KVLayout, backend: Backend) -> None:
+    """Compares module, with paged attention installed, with its plain_logits from before.
 
     Raises UnsupportedModelError with the difference where the two are not the same model.
     """
-    device = module.get_input_embeddings().weight.device
-    vocab = module.config.get_text_config(decoder=True).vocab_size
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocab, (1, num_tokens), generator=generator).to(device)
+    ids, cut = _probe(module), NUM_TOKENS // 2
+    slab = layout.allocate(-(-NUM_TOKENS // layout.block_size) + 1, ids.device)
     with torch.inference_mode():
-        wanted = module(input_ids=ids, use_cache=False).logits[0].float()
-        install_paged()
-        layout = layout_of(module)
-        blocks = -(-num_tokens // layout.block_size)
-        slab = layout.allocate(blocks + 1, device)
-        cut = num_tokens // 2
         parts = [
-            _chunk(module, ids, layout, slab, start, end) for start, end in ((0, cut), (cut, num_tokens))
+            _chunk(module, ids, layout, slab, start, end) for start, end in ((0, cut), (cut, NUM_TOKENS))
         ]
     found = torch.cat(parts)[:, : wanted.shape[-1]]
     differences = (found - wanted).abs().amax(-1) / wanted.abs().max().clamp_min(1e-6)
@@ -60,6 +52,13 @@ def verify_paged(
             f"{type(module).__name__}: logits by paged attention ({backend.name}) differ from transformers' "
             f"by {difference:.2g} of the largest, above {bound:g}: the model keeps state that is not paged"
         )
+
+
+def _probe(module: nn.Module) -> torch.Tensor:
+    """int64[1, NUM_TOKENS]: random ids, the same at every call."""
+    vocab = module.config.get_text_config(decoder=True).vocab_size
+    ids = torch.randint(0, vocab, (1, NUM_TOKENS), generator=torch.Generator().manual_seed(0))
+    return ids.to(module.get_input_embeddings().weight.device)
 
 
 def _chunk(module, ids, layout: KVLayout, slab: torch.Tensor, start: int, end: int) -> torch.Tensor:

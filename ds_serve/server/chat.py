@@ -9,7 +9,7 @@ from fastapi import Request, Response
 
 from ds_serve.messages import TokenLogprob
 from ds_serve.server.front import Front
-from ds_serve.server.generation import Delta, Generation
+from ds_serve.server.generation import Delta
 from ds_serve.server.protocol import ChatBody
 from ds_serve.server.replies import reply
 from ds_serve.server.shapes import Envelope, finite, token_text
@@ -20,17 +20,8 @@ async def chat_completions(front: Front, body: ChatBody, http: Request) -> Respo
     client = front.client
     front.check_model(body.model)
     shape = ChatShape(front)
-    generation = Generation(
-        client,
-        front.codec,
-        shape.id,
-        [await front.chat_prompt(body, client)],
-        n=body.n,
-        stop=body.stop,
-        salt=body.cache_salt,
-        priority=body.priority,
-    )
-    return await reply(http, body, generation, shape)
+    prompts = [await front.chat_prompt(body, client)]
+    return await reply(http, body, client, shape, prompts)
 
 
 class ChatShape(Envelope):

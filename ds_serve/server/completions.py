@@ -11,7 +11,7 @@ from fastapi import Request, Response
 
 from ds_serve.messages import TokenLogprob
 from ds_serve.server.front import Front
-from ds_serve.server.generation import Delta, Generation
+from ds_serve.server.generation import Delta
 from ds_serve.server.protocol import CompletionBody
 from ds_serve.server.replies import reply
 from ds_serve.server.shapes import Envelope, finite, token_text
@@ -22,17 +22,8 @@ async def completions(front: Front, body: CompletionBody, http: Request) -> Resp
     client = front.client
     front.check_model(body.model)
     shape = CompletionShape(front)
-    generation = Generation(
-        client,
-        front.codec,
-        shape.id,
-        await front.completion_prompts(body, client),
-        n=body.n,
-        stop=body.stop,
-        salt=body.cache_salt,
-        priority=body.priority,
-    )
-    return await reply(http, body, generation, shape)
+    prompts = await front.completion_prompts(body, client)
+    return await reply(http, body, client, shape, prompts)
 
 
 class CompletionShape(Envelope):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from ds_serve.messages import Output, Request, SamplingParams, TokenLogprob
+from ds_serve.messages import Output, Request, SamplingParams, TokenLogprob, sibling_seed
 from ds_serve.server.client import EngineClient, EngineDeadError
 from ds_serve.server.errors import from_engine
 from ds_serve.text.codec import TextCodec
@@ -77,7 +77,7 @@ class Generation:
             Request(
                 id=f"{call_id}-{i * n + j}",
                 prompt_token_ids=prompt.token_ids,
-                params=msgspec.structs.replace(prompt.params, seed=_shifted(prompt.params.seed, j)),
+                params=msgspec.structs.replace(prompt.params, seed=sibling_seed(prompt.params.seed, j)),
                 salt=salt,
                 priority=priority,
             )
@@ -153,8 +153,3 @@ class _Choice:
             None if output.logprobs is None else output.logprobs[:taken],
             "stop" if stopped else output.finish_reason,
         )
-
-
-def _shifted(seed: int, by: int) -> int:
-    """seed + by within 64 bits."""
-    return (seed + by + 2**63) % 2**64 - 2**63

@@ -15,10 +15,11 @@ import msgspec
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
-from ds_serve.server.client import EngineDeadError
+from ds_serve.server.client import EngineClient, EngineDeadError
 from ds_serve.server.errors import ApiError
-from ds_serve.server.generation import Delta, Generation
+from ds_serve.server.generation import Delta, Generation, Prompt
 from ds_serve.server.protocol import GenerationBody
+from ds_serve.text.codec import TextCodec
 
 T = TypeVar("T")
 
@@ -28,7 +29,10 @@ class ClientGone(Exception):
 
 
 class Shape(Protocol):
-    """How one route words its reply. Every method returns plain JSON values."""
+    """How one route words its reply. Every method returns plain JSON values. id names the call."""
+
+    id: str
+    codec: TextCodec
 
     def envelope(self, choices: list[dict], *, chunk: bool) -> dict:
         """The object around choices: id, object, created, model."""
@@ -60,12 +64,24 @@ def json_reply(payload: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(payload), status, media_type="application/json")
 
 
-async def reply(http: Request, body: GenerationBody, generation: Generation, shape: Shape) -> Response:
-    """Runs the generation and answers as the body asks.
+async def reply(
+    http: Request, body: GenerationBody, client: EngineClient, shape: Shape, prompts: list[Prompt]
+) -> Response:
+    """Generates what the body asks of these prompts, and answers as it asks.
 
     The first piece is awaited before a stream is opened, so that what the engine refuses still has
     its HTTP status. Raises ApiError, EngineDeadError, ClientGone.
     """
+    generation = Generation(
+        client,
+        shape.codec,
+        shape.id,
+        prompts,
+        n=body.n,
+        stop=body.stop,
+        salt=body.cache_salt,
+        priority=body.priority,
+    )
     if not body.stream:
         whole = await _unless_gone(http, generation.collect())
         payload = shape.envelope([shape.choice(choice) for choice in whole], chunk=False)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import signal
 import socket
 import sys
@@ -33,9 +32,6 @@ def serve(settings: Settings) -> int:
     Returns the process's exit code: 0 after a signal, 1 where the port, the model or the engine
     failed. HTTP answers 503 while the engine loads.
     """
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
     try:
         front_socket = _listen(settings.host, settings.port)
         defaults = GenerationDefaults.load(settings.model)

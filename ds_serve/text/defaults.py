@@ -1,7 +1,7 @@
 """A model's own generation defaults, read from generation_config.json and config.json.
 
-Plain json: knows neither transformers nor the tokenizer. The server and the pipeline fill in
-from here what a caller left out.
+Plain json: knows neither transformers nor the tokenizer. The server fills in from here what a caller
+left out; the pipeline, which mirrors transformers', asks transformers' own GenerationConfig.
 """
 
 from __future__ import annotations
