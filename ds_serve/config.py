@@ -10,9 +10,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_settings import (
     BaseSettings,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     YamlConfigSettingsSource,
@@ -32,6 +33,19 @@ def parse_bytes(value: Any) -> Any:
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+
+
+def parse_counts(value: Any) -> Any:
+    """'10,12,10' -> [10, 12, 10]. Raises ValueError for text that is not a list of numbers."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return [int(part) for part in value.split(",")]
+    except ValueError:
+        raise ValueError(f"{value!r} is not a list of numbers such as 10,12,10") from None
+
+
+Counts = Annotated[list[Annotated[int, Field(ge=1)]], NoDecode, BeforeValidator(parse_counts)]
 
 
 class Settings(BaseSettings):
@@ -67,10 +81,27 @@ class Settings(BaseSettings):
     max_num_seqs: int = Field(64, ge=1, le=4096, description="requests in one step at most")
     max_num_batched_tokens: int = Field(2048, ge=1, description="tokens in one step at most")
     max_queue: int = Field(10_000, ge=1, description="waiting requests at most")
-    steps_in_flight: int = Field(2, ge=1, le=8, description="steps the engine plans ahead of the device")
+    steps_in_flight: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="steps planned ahead of the device; default: 2, in a pipeline its stages",
+    )
 
     attention: Literal["auto", "reference", "cpu"] = Field("auto", description="attention backend")
     injection: Literal["auto", "off"] = Field("auto", description="fused modules for known layers")
+
+    tensor_parallel: int = Field(1, ge=1, description="tensor shards of each stage (--tp)")
+    pipeline_parallel: int = Field(1, ge=1, description="pipeline stages (--pp); ranks = tp x pp")
+    stage_layers: Counts | None = Field(
+        None, description="decoder layers of each stage (10,12,10); default: balanced by weight"
+    )
+    all_reduce: Literal["auto", "shared_memory", "group"] = Field(
+        "auto", description="sum over tensor shards on CPU: DeepSpeed's shared memory, or the process group"
+    )
+    rank_timeout: float = Field(
+        6.0, ge=1, description="seconds without a sign of progress after which a rank counts as lost"
+    )
 
     host: str = Field("127.0.0.1", description="address to serve on")
     port: int = Field(8000, ge=0, le=65535, description="port to serve on")
@@ -104,6 +135,19 @@ class Settings(BaseSettings):
                 return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, config_file)
 
         return cls.model_construct(**WithFile(**flags).model_dump())
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> Settings:
+        if self.stage_layers is not None and len(self.stage_layers) != self.pipeline_parallel:
+            raise ValueError(
+                f"stage_layers names {len(self.stage_layers)} stages, but pipeline_parallel is {self.pipeline_parallel}"
+            )
+        return self
+
+    @property
+    def world_size(self) -> int:
+        """Ranks: tensor_parallel x pipeline_parallel."""
+        return self.tensor_parallel * self.pipeline_parallel
 
     @property
     def name(self) -> str:

@@ -149,7 +149,11 @@ class Output(_Message, tag="output"):
 
 
 class Stats(_Message, tag="stats"):
-    """Gauges and totals of the engine, for /health, metrics and tests."""
+    """Gauges and totals of the engine, for /health, metrics and tests.
+
+    active_s is the time with a step in flight, stage_busy_s how long of it each pipeline stage computed; what is
+    missing to active_s is a stage's bubble.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -162,6 +166,8 @@ class Stats(_Message, tag="stats"):
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
+    active_s: float = 0.0
+    stage_busy_s: list[float] = []
 
 
 class EngineInfo(_Message, tag="info"):
@@ -174,6 +180,8 @@ class EngineInfo(_Message, tag="info"):
     num_blocks: int
     device: str
     dtype: str
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
 
 
 class EngineFailure(_Message, tag="failure"):
@@ -202,6 +210,8 @@ class Row(_Message):
 
     Workers keep each slot's tokens (a sampled token is appended by the worker itself) and block
     table (new_block_ids is appended). A row with sample=True ends at the sequence's last token.
+    In a pipeline only the last stage draws tokens, and it hands none of them back: token_ids brings
+    the row's last tokens, those that were drawn since the slot was taken.
     """
 
     slot: int
@@ -209,6 +219,7 @@ class Row(_Message):
     count: int
     new_block_ids: list[int] = []
     sample: bool = False
+    token_ids: list[int] = []
 
 
 class StepPlan(_Message):

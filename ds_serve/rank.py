@@ -43,7 +43,7 @@ def _build(settings: Settings) -> tuple[Scheduler, LocalRank, EngineInfo]:
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_model_len=info.max_model_len,
         max_queue=settings.max_queue,
-        max_steps_in_flight=settings.steps_in_flight,
+        max_steps_in_flight=settings.steps_in_flight or 2,
         vocab_size=info.vocab_size,
     )
     # What a cached block's content depends on, beside its tokens and the request's salt.

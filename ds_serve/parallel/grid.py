@@ -1,0 +1,155 @@
+"""This rank's groups in the (stage, tensor) grid, and what ranks send one another while they compute.
+
+DeepSpeed makes the groups and does the collectives; what is our own is its shared-memory all-reduce per
+tensor group (shm.py). Knows no model, no plan and no request. Made by rank.py; used by model/ and worker/.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import socket
+from collections import deque
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed
+
+from ds_serve.parallel import shm
+from ds_serve.parallel.place import Place
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT = timedelta(minutes=10)  # for a collective; ranks that die or hang are seen by control.py long before
+MAX_EXACT = 2**24  # integers that float32 holds
+
+AllReduce = Literal["auto", "shared_memory", "group"]
+
+
+class Grid:
+    """place, and the collectives of its groups. One rank alone: every method is the identity."""
+
+    def __init__(self, place: Place, groups=None, all_reduce: AllReduce = "auto") -> None:
+        self.place = place
+        self._groups = groups
+        self._sends: deque = deque()
+        self.uses_shm = (
+            groups is not None and place.tp > 1 and shm.connect(place, self.tensor_group, all_reduce)
+        )
+
+    @classmethod
+    def join(cls, tp: int, pp: int, all_reduce: AllReduce = "auto") -> Grid:
+        """Meets all other ranks (a collective). ValueError where their number is not tp x pp."""
+        import deepspeed
+        from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
+
+        # DeepSpeed's own set-up of the op takes the whole world for one tensor group.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        with contextlib.redirect_stdout(io.StringIO()):
+            deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
+            world = torch.distributed.get_world_size()
+            if world != tp * pp:
+                raise ValueError(
+                    f"tensor_parallel {tp} x pipeline_parallel {pp} need {tp * pp} ranks, found {world}"
+                )
+            topology = PipeModelDataParallelTopology(num_pp=pp, num_mp=tp, num_dp=1)
+            groups = PipelineParallelGrid(topology=topology)
+        place = Place(torch.distributed.get_rank(), tp, pp)
+        if (groups.get_stage_id(), groups.get_slice_parallel_rank()) != (place.stage, place.shard):
+            raise RuntimeError(f"DeepSpeed's grid puts rank {place.rank} elsewhere than {place}")
+        return cls(place, groups, all_reduce)
+
+    # -- what deepspeed.init_inference asks of its mpu ---------------------------------------------
+
+    @property
+    def tensor_group(self):
+        """The torch.distributed group of this stage's tensor shards; None for one rank alone."""
+        return None if self._groups is None else self._groups.get_slice_parallel_group()
+
+    def get_model_parallel_group(self):
+        return self.tensor_group
+
+    def get_model_parallel_rank(self) -> int:
+        return self.place.shard
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.place.tp
+
+    def get_data_parallel_group(self):
+        return None
+
+    def get_data_parallel_rank(self) -> int:
+        return 0
+
+    def get_data_parallel_world_size(self) -> int:
+        return 1
+
+    # -- within a stage ----------------------------------------------------------------------------
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sums tensor over the stage's shards, in place, and returns it. It must be contiguous."""
+        if self.place.tp > 1:
+            if not tensor.is_contiguous():
+                raise ValueError("all_reduce: the tensor must be contiguous")
+            if tensor.dtype in shm.DTYPES:
+                from deepspeed import comm
+
+                comm.inference_all_reduce(tensor, group=self.tensor_group)
+            else:
+                torch.distributed.all_reduce(tensor, group=self.tensor_group)
+        return tensor
+
+    def share(self, values: list[int] | None, count: int) -> list[int]:
+        """The count integers of shard 0 (the others give None), on every shard of the stage."""
+        if self.place.tp == 1 or not count:
+            return values or []
+        mine = values if self.place.shard == 0 else [0] * count
+        if self.uses_shm:  # float32 holds each id, and the sum with zeros is exact
+            return [int(value) for value in self.all_reduce(torch.tensor(mine, dtype=torch.float32)).tolist()]
+        device = torch.device("cpu") if torch.distributed.get_backend(self.tensor_group) == "gloo" else None
+        shared = torch.tensor(mine, dtype=torch.int64, device=device or torch.get_default_device())
+        torch.distributed.broadcast(shared, src=self.place.rank - self.place.shard, group=self.tensor_group)
+        return shared.tolist()
+
+    # -- along the pipeline ------------------------------------------------------------------------
+
+    def send_on(self, hidden: torch.Tensor) -> None:
+        """Starts sending hidden to the same shard of the next stage; the caller leaves it unchanged."""
+        while self._sends and (self._sends[0][0].is_completed() or len(self._sends) > self.place.pp):
+            self._sends.popleft()[0].wait()
+        hidden = hidden.contiguous()
+        self._sends.append((torch.distributed.isend(hidden, self.place.rank + self.place.tp), hidden))
+
+    def receive(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Fills hidden with what the previous stage sent, in the order of sending; waits for it."""
+        torch.distributed.recv(hidden, self.place.rank - self.place.tp)
+        return hidden
+
+    # -- over all ranks ----------------------------------------------------------------------------
+
+    def minimum(self, values: list[int]) -> list[int]:
+        """Of each value, the least over all ranks."""
+        if self.place.world_size == 1:
+            return values
+        found: list = [None] * self.place.world_size
+        torch.distributed.all_gather_object(found, values)
+        return [min(each) for each in zip(*found, strict=True)]
+
+    def ranks_here(self) -> int:
+        """How many of the ranks run on this machine."""
+        if self.place.world_size == 1:
+            return 1
+        found: list = [None] * self.place.world_size
+        torch.distributed.all_gather_object(found, socket.gethostname())
+        return found.count(socket.gethostname())
+
+    def close(self) -> None:
+        """Leaves the groups; all ranks do so together, after their last step."""
+        for work, _ in self._sends:
+            work.wait()
+        self._sends.clear()
+        if self.place.world_size > 1 and torch.distributed.is_initialized():
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
