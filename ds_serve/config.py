@@ -82,10 +82,7 @@ class Settings(BaseSettings):
     max_num_batched_tokens: int = Field(2048, ge=1, description="tokens in one step at most")
     max_queue: int = Field(10_000, ge=1, description="waiting requests at most")
     steps_in_flight: int | None = Field(
-        None,
-        ge=1,
-        le=64,
-        description="steps planned ahead of the device; default: 2, in a pipeline its stages",
+        None, ge=1, le=64, description="steps planned ahead; default: 2, in a pipeline the number of stages"
     )
 
     attention: Literal["auto", "reference", "cpu"] = Field("auto", description="attention backend")
@@ -140,7 +137,8 @@ class Settings(BaseSettings):
     def _check_stages(self) -> Settings:
         if self.stage_layers is not None and len(self.stage_layers) != self.pipeline_parallel:
             raise ValueError(
-                f"stage_layers names {len(self.stage_layers)} stages, but pipeline_parallel is {self.pipeline_parallel}"
+                f"stage_layers names {len(self.stage_layers)} stages, "
+                f"but pipeline_parallel is {self.pipeline_parallel}"
             )
         return self
 

@@ -151,8 +151,8 @@ class Output(_Message, tag="output"):
 class Stats(_Message, tag="stats"):
     """Gauges and totals of the engine, for /health, metrics and tests.
 
-    active_s is the time with a step in flight, stage_busy_s how long of it each pipeline stage computed; what is
-    missing to active_s is a stage's bubble.
+    active_s is the time with a step in flight, stage_busy_s how long of it each pipeline stage computed;
+    what is missing to active_s is a stage's bubble.
     """
 
     num_running: int = 0

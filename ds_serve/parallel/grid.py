@@ -23,9 +23,22 @@ from ds_serve.parallel.place import Place
 logger = logging.getLogger(__name__)
 
 TIMEOUT = timedelta(minutes=10)  # for a collective; ranks that die or hang are seen by control.py long before
-MAX_EXACT = 2**24  # integers that float32 holds
 
 AllReduce = Literal["auto", "shared_memory", "group"]
+
+
+def meet():
+    """Meets all other ranks that the launcher started; returns the store that they share.
+
+    Raises what torch.distributed raises where the environment names no ranks or they do not come.
+    """
+    import deepspeed
+
+    # DeepSpeed's own set-up of the shared-memory op takes the whole world for one tensor group.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    with contextlib.redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
+    return torch.distributed.distributed_c10d._get_default_store()
 
 
 class Grid:
@@ -40,20 +53,14 @@ class Grid:
         )
 
     @classmethod
-    def join(cls, tp: int, pp: int, all_reduce: AllReduce = "auto") -> Grid:
-        """Meets all other ranks (a collective). ValueError where their number is not tp x pp."""
-        import deepspeed
+    def make(cls, tp: int, pp: int, all_reduce: AllReduce = "auto") -> Grid:
+        """The grid of all ranks that have met (a collective). ValueError where their number is not tp x pp."""
         from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 
-        # DeepSpeed's own set-up of the op takes the whole world for one tensor group.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        world = torch.distributed.get_world_size()
+        if world != tp * pp:
+            raise ValueError(f"tensor_parallel {tp} x pipeline_parallel {pp} need {tp * pp} ranks, found {world}")
         with contextlib.redirect_stdout(io.StringIO()):
-            deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
-            world = torch.distributed.get_world_size()
-            if world != tp * pp:
-                raise ValueError(
-                    f"tensor_parallel {tp} x pipeline_parallel {pp} need {tp * pp} ranks, found {world}"
-                )
             topology = PipeModelDataParallelTopology(num_pp=pp, num_mp=tp, num_dp=1)
             groups = PipelineParallelGrid(topology=topology)
         place = Place(torch.distributed.get_rank(), tp, pp)
@@ -106,7 +113,7 @@ class Grid:
         if self.place.tp == 1 or not count:
             return values or []
         mine = values if self.place.shard == 0 else [0] * count
-        if self.uses_shm:  # float32 holds each id, and the sum with zeros is exact
+        if self.uses_shm:  # float32 holds integers below 2**24, more than any vocabulary, and adds zeros exactly
             return [int(value) for value in self.all_reduce(torch.tensor(mine, dtype=torch.float32)).tolist()]
         device = torch.device("cpu") if torch.distributed.get_backend(self.tensor_group) == "gloo" else None
         shared = torch.tensor(mine, dtype=torch.int64, device=device or torch.get_default_device())

@@ -1,8 +1,8 @@
-"""DeepSpeed's shared-memory all-reduce for one tensor group, where it can work; the process group's elsewhere.
+"""DeepSpeed's shared-memory all-reduce for one tensor group, where it can work.
 
-The op itself knows neither groups nor several machines: it takes rank, size and a name from the environment, so
-each stage gives it values of its own. Its segments are unlinked as soon as every shard has mapped them, so that
-nothing stays in /dev/shm whatever becomes of the ranks. Called by grid.py.
+The op itself knows neither groups nor several machines: it takes rank, size and a name from the environment,
+so each stage gives it values of its own. Its segments are unlinked as soon as every shard has mapped them,
+so that nothing stays in /dev/shm whatever becomes of the ranks. Called by grid.py.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ FOLDER = Path("/dev/shm")
 
 
 def connect(place: Place, group, wanted: str) -> bool:
-    """Whether inference_all_reduce now goes through shared memory. All shards of the stage call it together.
+    """Whether inference_all_reduce now goes through shared memory. All ranks call it together.
 
-    RuntimeError where "shared_memory" is wanted and cannot be had; "auto" falls back to the group, with a reason
-    in the log.
+    RuntimeError where "shared_memory" is wanted and cannot be had; "auto" falls back to the group, and
+    says why in the log.
     """
     if wanted == "group":
         return False
@@ -101,5 +101,6 @@ def _initialize(place: Place, group) -> None:
                 os.environ[name] = value
     comm.cdb.shm_comm_op, comm.cdb.shm_vector_kernel_level = op, op.vector_kernel_level()
     torch.distributed.barrier(group)
-    own = f"deepspeed_allreduce_buffer_{os.getuid()}_{os.environ.get('MASTER_ADDR', '')}_{stage_name}_{place.shard}"
+    address = os.environ.get("MASTER_ADDR", "")
+    own = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{stage_name}_{place.shard}"
     (FOLDER / own).unlink(missing_ok=True)
