@@ -28,6 +28,9 @@ from ds_serve.config import Settings
 from ds_serve.model.injection import InjectionReport, inject
 from ds_serve.model.parity import plain_logits, verify_paged
 from ds_serve.model.rope import settle_rope
+from ds_serve.model.stage import Stage
+from ds_serve.parallel.grid import Grid
+from ds_serve.parallel.place import Place
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +41,9 @@ class ModelLoadError(ValueError):
 
 @dataclass
 class LoadedModel:
-    """What a worker needs of a model. module maps packed token rows to logits."""
+    """What a worker needs of a model. stage maps packed token rows to logits or hidden states."""
 
-    module: nn.Module
+    stage: Stage
     config: PreTrainedConfig
     layout: KVLayout
     backend: Backend
@@ -51,9 +54,10 @@ class LoadedModel:
     vocab_size: int
 
 
-def load(settings: Settings) -> LoadedModel:
+def load(settings: Settings, grid: Grid | None = None) -> LoadedModel:
     """Raises ModelLoadError for a bad directory or setting, UnsupportedModelError for a model that
     paged attention cannot serve."""
+    grid = grid or Grid(Place())
     config = _read_config(settings)
     device = _device(settings)
     module = _shard(_read_weights(settings, config), settings)
@@ -72,7 +76,7 @@ def load(settings: Settings) -> LoadedModel:
         report.injected, report.kept,
     )  # fmt: skip
     return LoadedModel(
-        module=module,
+        stage=Stage(module, grid.place, 0, len(layout.layers)),
         config=config,
         layout=layout,
         backend=backend,

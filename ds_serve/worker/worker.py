@@ -77,14 +77,9 @@ class Worker:
 
     def _forward(self, inputs: StepInputs) -> torch.Tensor:
         """Logits [S, V] of the tokens to be sampled from (one row of no use where there are none)."""
-        with use_batch(inputs.attention):
-            output = self.model.module(
-                input_ids=inputs.input_ids,
-                position_ids=inputs.attention.positions[None],
-                use_cache=False,
-                logits_to_keep=inputs.attention.sampled,
-            )
-        return output.logits[0]
+        attention = inputs.attention
+        with use_batch(attention):
+            return self.model.stage(inputs.input_ids, attention.positions, attention.sampled, None)
 
 
 def _num_blocks(model: LoadedModel, settings: Settings) -> int:

@@ -63,7 +63,7 @@ def test_goes_through_deepspeed_and_reads_each_tensor_once(llama, monkeypatch):
     with real_open(Path(llama) / "model.safetensors", "pt") as file:
         assert reads == Counter(file.keys())
     assert len(initialised) == 1 and not initialised[0]["replace_with_kernel_inject"]
-    assert all(parameter.device.type == "cpu" for parameter in model.module.parameters())
+    assert all(parameter.device.type == "cpu" for parameter in model.stage.module.parameters())
 
 
 def test_dtype_is_the_checkpoints_unless_asked(llama):
