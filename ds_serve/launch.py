@@ -1,7 +1,7 @@
-"""Whether this process is a rank that a launcher started, and how ranks are started with DeepSpeed's launcher.
+"""Whether this process is a rank that a launcher started, and how to start ranks with DeepSpeed's launcher.
 
-Knows launchers' flags and environment variables. Imports neither torch nor DeepSpeed: the launcher is a program.
-Used by cli.py, server/ (which supervises what is started) and rank.py.
+Knows launchers' flags and environment variables. Imports neither torch nor DeepSpeed, whose launcher is a
+program. Used by cli.py, server/ (which supervises what is started), generation/ and rank.py.
 """
 
 from __future__ import annotations
@@ -40,12 +40,17 @@ class RankEnv(NamedTuple):
     local_rank: int
 
 
-# launcher: its names of rank, world size and local rank. SLURM_NTASKS and SLURM_PROCID are set in a batch
-# script too, which is no rank; the number of a step's tasks is not.
+class _Names(NamedTuple):
+    rank: str = "RANK"
+    world_size: str = "WORLD_SIZE"
+    local_rank: str = "LOCAL_RANK"
+
+
+# SLURM_NTASKS and SLURM_PROCID are set in a batch script too, which is no rank; the tasks of a step are.
 _NAMES = {
-    "deepspeed or torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    "deepspeed or torchrun": _Names(),
+    "mpirun": _Names("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "srun": _Names("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 }
 
 
@@ -55,21 +60,22 @@ def ranks(environ: MutableMapping[str, str] = os.environ) -> RankEnv | None:
     Writes mpirun's and srun's numbers to environ as RANK, WORLD_SIZE and LOCAL_RANK, where torch.distributed
     and DeepSpeed look. ValueError where they would miss something there.
     """
-    for launcher, (rank, world_size, local_rank) in _NAMES.items():
-        if rank in environ and environ.get(world_size, "1") != "1":
-            break
-    else:
-        return None
-    missing = [name for name in (local_rank, "MASTER_ADDR", "MASTER_PORT") if name not in environ]
+    for launcher, names in _NAMES.items():
+        if names.rank in environ and environ.get(names.world_size, "1") != "1":
+            return _rank_env(environ, launcher, names)
+    return None
+
+
+def _rank_env(environ: MutableMapping[str, str], launcher: str, names: _Names) -> RankEnv:
+    missing = [name for name in (names.local_rank, "MASTER_ADDR", "MASTER_PORT") if name not in environ]
     if missing:
         raise ValueError(
-            f"{launcher} started this as rank {environ[rank]} of {environ[world_size]}, but "
-            f"{', '.join(missing)} must be set too (MASTER_ADDR and MASTER_PORT: rank 0's address, a free port)"
+            f"{launcher} started this as rank {environ[names.rank]} of {environ[names.world_size]}, but "
+            f"{', '.join(missing)} must be set too (MASTER_ADDR, MASTER_PORT: rank 0's machine, a free port)"
         )
-    found = RankEnv(int(environ[rank]), int(environ[world_size]), int(environ[local_rank]))
-    for name, value in zip(_NAMES["deepspeed or torchrun"], found, strict=True):
-        environ[name] = str(value)
-    return found
+    for name, own in zip(_Names(), names, strict=True):
+        environ[name] = environ[own]
+    return RankEnv(*(int(environ[name]) for name in names))
 
 
 def check_world(settings: Settings, env: RankEnv | None) -> None:
@@ -134,9 +140,7 @@ class Options:
                 if getattr(self, name) is None
             ]
             if missing:
-                raise ValueError(
-                    f"--no_ssh: give {', '.join(missing)} too, the same on all machines but node_rank"
-                )
+                raise ValueError(f"--no_ssh: give {', '.join(missing)} too")
         elif self.node_rank is not None:
             raise ValueError("--node_rank is for --no_ssh")
         if self.hostfile is not None and not Path(self.hostfile).is_file():
@@ -189,10 +193,10 @@ def one(arguments: Sequence[str]) -> Launch:
 
 
 def several(settings: Settings, options: Options, module: str, arguments: Sequence[str]) -> Launch:
-    """settings.world_size ranks, each `python -m module arguments`; on this machine unless options say otherwise.
+    """settings.world_size ranks, each `python -m module arguments`; on this machine unless options differ.
 
-    ValueError where options or visible devices do not fit. The launcher ends with a rank's code, 256 - n for one
-    that signal n killed, but with 0 where its own child process is killed.
+    ValueError where options or visible devices do not fit. The launcher ends with a rank's code, with 256 - n
+    for a rank that signal n killed, but with 0 where its own child process is killed.
     """
     options.check()
     environment = _environment(settings, options)
@@ -237,7 +241,7 @@ def _on_this_machine(settings: Settings, options: Options, environment: dict[str
 
 def _environment(settings: Settings, options: Options) -> dict[str, str]:
     environment = dict(os.environ)
-    for name in _NAMES["deepspeed or torchrun"]:  # left from another launcher
+    for name in _Names():  # left from another launcher
         environment.pop(name, None)
     if _on_cpu(settings, environment):
         environment["DS_ACCELERATOR"] = "cpu"
