@@ -25,6 +25,7 @@ from ds_serve.attention.context import AttentionBatch, use_batch
 from ds_serve.attention.interface import NAME, paged_attention
 from ds_serve.attention.layout import KVLayout, LayerKV
 from ds_serve.model.fused_cpu import FusedDecoderLayer, FusedRMSNorm, LayerList, PackedEmbedding, PackedLinear
+from ds_serve.model.stage import Elsewhere
 
 # transformers.models.<family>.modeling_<family>.<Prefix>DecoderLayer and so on
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
@@ -129,8 +130,9 @@ def _family(model: nn.Module) -> tuple[str, str] | None:
 def _decoder_layers(model: nn.Module) -> Iterator[tuple[nn.ModuleList, int]]:
     layers = getattr(getattr(model, "base_model", None), "layers", None)
     if isinstance(layers, nn.ModuleList):
-        for index in range(len(layers)):
-            yield layers, index
+        for index, layer in enumerate(layers):
+            if not isinstance(layer, Elsewhere):
+                yield layers, index
 
 
 def _sites(model: nn.Module, backend: Backend) -> Iterator[Callable[[], float]]:
@@ -140,9 +142,9 @@ def _sites(model: nn.Module, backend: Backend) -> Iterator[Callable[[], float]]:
         return
     for layers, index in _decoder_layers(model):
         yield lambda layers=layers, index=index: _swap_layer(model, family, layers, index, backend)
-    if hasattr(model.base_model, "norm"):
+    if not isinstance(getattr(model.base_model, "norm", None), Elsewhere | None):
         yield lambda: _swap_norm(model, family)
-    if model.get_output_embeddings() is not None:
+    if not isinstance(model.get_output_embeddings(), Elsewhere | None):
         yield lambda: _swap_head(model)
 
 

@@ -1,13 +1,14 @@
 """Loads a Hugging Face causal LM directory for serving, through deepspeed.init_inference.
 
-The module is transformers' own: it is built on the meta device, each tensor is read once from safetensors
-(memory-mapped), its attention becomes ds_paged, and known layers are swapped for fused ones. Knows no
-request, no batch and no KV pool. Called by the worker.
+The module is transformers' own: it is built on the meta device and cut to this rank's stage, each of the
+stage's tensors is read once from safetensors (memory-mapped), its attention becomes ds_paged, and known
+layers are swapped for fused ones. Knows no request, no batch and no KV pool. Called by the worker.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import sys
@@ -19,24 +20,21 @@ import torch
 import transformers
 from deepspeed.accelerator import get_accelerator
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ds_serve.attention.backends import Backend, select_backend
 from ds_serve.attention.interface import UnsupportedModelError, install, probe_layers
 from ds_serve.attention.layout import KVLayout
 from ds_serve.config import Settings
+from ds_serve.model.errors import ModelLoadError
 from ds_serve.model.injection import InjectionReport, inject
-from ds_serve.model.parity import plain_logits, verify_paged
+from ds_serve.model.parity import plain_output, verify_paged
 from ds_serve.model.rope import settle_rope
-from ds_serve.model.stage import Stage
+from ds_serve.model.stage import Parts, Stage, cut_points, drop_tied_embedding, stage_class
 from ds_serve.parallel.grid import Grid
 from ds_serve.parallel.place import Place
 
 logger = logging.getLogger(__name__)
-
-
-class ModelLoadError(ValueError):
-    """The directory cannot be served; the message says why and what would help."""
 
 
 @dataclass
@@ -55,34 +53,37 @@ class LoadedModel:
 
 
 def load(settings: Settings, grid: Grid | None = None) -> LoadedModel:
-    """Raises ModelLoadError for a bad directory or setting, UnsupportedModelError for a model that
-    paged attention cannot serve."""
+    """This rank's part of the model: of grid.place's stage, its tensor shard. None: one rank alone.
+
+    All tensor shards of a stage call it together. Raises ModelLoadError for a bad directory or setting,
+    UnsupportedModelError for a model that paged attention or a pipeline cannot serve.
+    """
     grid = grid or Grid(Place())
     config = _read_config(settings)
     device = _device(settings)
-    module = _shard(_read_weights(settings, config), settings)
-    dtype = module.dtype
-    backend = select_backend(device, dtype, settings.block_size, settings.attention)
-    plain = plain_logits(module)
-    install(module, backend)
-    layout = KVLayout(tuple(probe_layers(module)), settings.block_size, dtype)
-    verify_paged(module, plain, layout, backend)
+    stage = _read_stage(settings, config, grid)
+    backend = select_backend(device, stage.dtype, settings.block_size, settings.attention)
+    plain = plain_output(stage, device)
+    install(stage.module, backend)
+    layout = _kv_layout(stage, settings.block_size, device)
+    verify_paged(stage, plain, layout, backend)
     max_model_len = _max_model_len(config.get_text_config(decoder=True), settings.max_model_len)
-    settle_rope(module, max_model_len)
-    report = inject(module, backend, settings.injection)
+    settle_rope(stage.module, max_model_len)
+    report = inject(stage.module, backend, settings.injection)
     logger.info(
-        "%s: %s, %s on %s, attention %s, %d layers fused, %d as they are",
-        settings.name, type(module).__name__, str(dtype).removeprefix("torch."), device, backend.name,
+        "%s: %s, %s on %s, attention %s, %d modules fused, %d as they are",
+        settings.name if grid.place.world_size == 1 else f"{settings.name}, {grid.place}",
+        type(stage.module).__name__, str(stage.dtype).removeprefix("torch."), device, backend.name,
         report.injected, report.kept,
     )  # fmt: skip
     return LoadedModel(
-        stage=Stage(module, grid.place, 0, len(layout.layers)),
+        stage=stage,
         config=config,
         layout=layout,
         backend=backend,
         injection=report,
         device=device,
-        dtype=dtype,
+        dtype=stage.dtype,
         max_model_len=max_model_len,
         vocab_size=config.get_text_config(decoder=True).vocab_size,
     )
@@ -105,12 +106,37 @@ def _read_config(settings: Settings) -> PreTrainedConfig:
     return config
 
 
-def _read_weights(settings: Settings, config: PreTrainedConfig) -> nn.Module:
-    """transformers builds on meta and fills each parameter by one read of its tensor."""
+def _read_stage(settings: Settings, config: PreTrainedConfig, grid: Grid) -> Stage:
+    place = grid.place
+    if place.pp == 1:
+        module = _read_weights(settings, config, AutoModelForCausalLM)
+        layers = range(config.get_text_config(decoder=True).num_hidden_layers)
+    else:
+        whole = _skeleton(settings, config)
+        cuts = cut_points(Parts(whole).weights(whole), place.pp, settings.stage_layers)
+        layers = cuts[place.stage]
+        module = _read_weights(settings, whole.config, stage_class(type(whole), place, layers))
+        drop_tied_embedding(module, place)
+    return Stage(_shard(module, grid), place, layers)
+
+
+def _skeleton(settings: Settings, config: PreTrainedConfig) -> PreTrainedModel:
+    """The whole model without memory: its class and its parameters' sizes."""
+    try:
+        with _quiet_transformers(), torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), trust_remote_code=settings.trust_remote_code
+            )
+    except ValueError as error:
+        raise ModelLoadError(f"{settings.model}: {error}") from error
+
+
+def _read_weights(settings: Settings, config: PreTrainedConfig, model_class: type) -> PreTrainedModel:
+    """transformers builds model_class on meta and fills each of its parameters by one read of its tensor."""
     dtype = "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)
     with _quiet_transformers():
         try:
-            module, loading = AutoModelForCausalLM.from_pretrained(
+            module, loading = model_class.from_pretrained(
                 settings.model,
                 config=config,
                 dtype=dtype,
@@ -128,7 +154,19 @@ def _read_weights(settings: Settings, config: PreTrainedConfig) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def _shard(module: nn.Module, settings: Settings) -> nn.Module:
+def _kv_layout(stage: Stage, block_size: int, device: torch.device) -> KVLayout:
+    """The KV shapes that this stage's layers have on this rank, by a dry forward of two tokens."""
+    positions = torch.arange(2, device=device)
+    hidden = None
+    if not stage.place.is_first_stage:
+        hidden = torch.zeros(1, 2, stage.hidden_size, dtype=stage.dtype, device=device)
+    shapes = probe_layers(
+        stage.module, lambda: stage(positions[None], positions, positions, hidden), stage.layers
+    )
+    return KVLayout(tuple(shapes), block_size, stage.dtype, stage.first_layer)
+
+
+def _shard(module: nn.Module, grid: Grid) -> nn.Module:
     """This rank's part of module, by DeepSpeed. One rank: all of it, on the accelerator's device."""
     with contextlib.redirect_stdout(io.StringIO()):
         engine = deepspeed.init_inference(

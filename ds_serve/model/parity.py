@@ -1,21 +1,24 @@
-"""A probe at load: does the paged model give the logits that the plain one gives?
+"""A probe at load: does the paged stage give the results that the plain one gives?
 
 Some models keep state that no flag tells of (recurrence, convolution), or hide a window in their mask. A
 dozen tokens, once through transformers' eager attention and once paged in two chunks, show it before anyone
-is served. Called by the loader.
+is served. A stage after the first gets random hidden states. All tensor shards of a stage run it together.
+Called by the loader.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from torch import nn
 
 from ds_serve.attention.backends import Backend
 from ds_serve.attention.context import AttentionBatch, use_batch
 from ds_serve.attention.interface import UnsupportedModelError
 from ds_serve.attention.layout import KVLayout
+from ds_serve.model.stage import Stage
 
-# A token's largest difference of a logit, over the largest logit of all. In fp32 it is 1e-5 and less, so
+# A token's largest difference of an output, over the largest output of all. In fp32 it is 1e-5 and less, so
 # every token counts. In half precision rounding reaches 0.03, and now and then a token of a mixture of
 # experts takes another expert, so the median token of the second chunk counts: lost state changes all.
 TOLERANCE = 1e-3
@@ -24,49 +27,83 @@ TOLERANCE_HALF = 0.1
 NUM_TOKENS = 13
 
 
-def plain_logits(module: nn.Module) -> torch.Tensor:
-    """Logits [NUM_TOKENS, V], fp32, of the probe by the attention that module has now."""
+@dataclass
+class Probe:
+    """One sequence: ids int64[1, NUM_TOKENS] and, after the first stage, hidden [1, NUM_TOKENS, H]."""
+
+    ids: torch.Tensor
+    hidden: torch.Tensor | None
+
+    @classmethod
+    def of(cls, stage: Stage, device: torch.device) -> Probe:
+        """Random, the same at every call and on every shard."""
+        generator = torch.Generator().manual_seed(0)
+        vocab = stage.module.config.get_text_config(decoder=True).vocab_size
+        ids = torch.randint(0, vocab, (1, NUM_TOKENS), generator=generator)
+        hidden = torch.randn(1, NUM_TOKENS, stage.hidden_size, generator=generator)
+        first = stage.place.is_first_stage
+        return cls(ids.to(device), None if first else hidden.to(device, stage.dtype))
+
+    def run(self, stage: Stage, start: int = 0, end: int = NUM_TOKENS) -> torch.Tensor:
+        """The stage's output for positions start .. end - 1: [end - start, V or H]."""
+        positions = torch.arange(start, end, device=self.ids.device)
+        hidden = None if self.hidden is None else self.hidden[:, start:end]
+        out = stage(self.ids[:, start:end], positions, positions - start, hidden)
+        return out if stage.place.is_last_stage else out[0]
+
+
+def plain_output(stage: Stage, device: torch.device) -> torch.Tensor:
+    """The probe's logits [NUM_TOKENS, V], or hidden states, by the attention that the stage has now.
+
+    UnsupportedModelError where a stage is not a function of its tokens and of one hidden state each.
+    """
     with torch.inference_mode():
-        return module(input_ids=_probe(module), use_cache=False).logits[0].float()
+        out = Probe.of(stage, device).run(stage)
+    who = f"{type(stage.module).__name__}, {stage.place}"
+    if not stage.place.is_last_stage and (out.shape[1:], out.dtype) != ((stage.hidden_size,), stage.dtype):
+        raise UnsupportedModelError(
+            f"{who}: hands on {tuple(out.shape[1:])} of {out.dtype} for each token, where stages send "
+            f"{stage.hidden_size} of {stage.dtype}; use pipeline_parallel=1"
+        )
+    if not stage.place.is_first_stage and not out.isfinite().all():
+        raise UnsupportedModelError(
+            f"{who}: random hidden states give no finite numbers: its layers read the token embeddings "
+            f"besides, or {stage.dtype} is too narrow; use pipeline_parallel=1"
+        )
+    return out
 
 
-def verify_paged(module: nn.Module, wanted: torch.Tensor, layout: KVLayout, backend: Backend) -> None:
-    """Compares module, with paged attention installed, with its plain_logits from before.
+def verify_paged(stage: Stage, wanted: torch.Tensor, layout: KVLayout, backend: Backend) -> None:
+    """Compares stage, with paged attention installed, with its plain_output from before.
 
     Raises UnsupportedModelError with the difference where the two are not the same model.
     """
-    ids, cut = _probe(module), NUM_TOKENS // 2
-    slab = layout.allocate(-(-NUM_TOKENS // layout.block_size) + 1, ids.device)
-    with torch.inference_mode():
-        parts = [
-            _chunk(module, ids, layout, slab, start, end) for start, end in ((0, cut), (cut, NUM_TOKENS))
-        ]
-    found = torch.cat(parts)[:, : wanted.shape[-1]]
+    probe, cut = Probe.of(stage, wanted.device), NUM_TOKENS // 2
+    slab = layout.allocate(-(-NUM_TOKENS // layout.block_size) + 1, wanted.device)
+    parts = []
+    for start, end in ((0, cut), (cut, NUM_TOKENS)):
+        with torch.inference_mode(), use_batch(_chunk(layout, slab, start, end)):
+            parts.append(probe.run(stage, start, end))
+    wanted, found = wanted.float(), torch.cat(parts).float()
     differences = (found - wanted).abs().amax(-1) / wanted.abs().max().clamp_min(1e-6)
-    if module.dtype == torch.float32:
+    if stage.dtype == torch.float32:
         difference, bound = differences.max().item(), TOLERANCE
     else:
         difference, bound = differences[cut:].median().item(), TOLERANCE_HALF
     if not difference <= bound:  # NaN is a failure too
         raise UnsupportedModelError(
-            f"{type(module).__name__}: logits by paged attention ({backend.name}) differ from transformers' "
-            f"by {difference:.2g} of the largest, above {bound:g}: the model keeps state that is not paged"
+            f"{type(stage.module).__name__}: results by paged attention ({backend.name}) differ from "
+            f"transformers' by {difference:.2g} of the largest, above {bound:g}: the model keeps state that "
+            "is not paged"
         )
 
 
-def _probe(module: nn.Module) -> torch.Tensor:
-    """int64[1, NUM_TOKENS]: random ids, the same at every call."""
-    vocab = module.config.get_text_config(decoder=True).vocab_size
-    ids = torch.randint(0, vocab, (1, NUM_TOKENS), generator=torch.Generator().manual_seed(0))
-    return ids.to(module.get_input_embeddings().weight.device)
-
-
-def _chunk(module, ids, layout: KVLayout, slab: torch.Tensor, start: int, end: int) -> torch.Tensor:
-    """Logits [end - start, V] of one sequence's positions start .. end - 1, in blocks from 1 on."""
-    device = ids.device
+def _chunk(layout: KVLayout, slab: torch.Tensor, start: int, end: int) -> AttentionBatch:
+    """One sequence's positions start .. end - 1, in blocks from 1 on."""
+    device = slab.device
     positions = torch.arange(start, end, device=device)
     blocks = -(-end // layout.block_size)
-    batch = AttentionBatch(
+    return AttentionBatch(
         slab=slab,
         layout=layout,
         slot_mapping=positions + layout.block_size,
@@ -77,6 +114,3 @@ def _chunk(module, ids, layout: KVLayout, slab: torch.Tensor, start: int, end: i
         max_query_len=end - start,
         num_tokens=end - start,
     )
-    with use_batch(batch):
-        out = module(input_ids=ids[:, start:end], position_ids=positions[None], use_cache=False)
-    return out.logits[0].float()
