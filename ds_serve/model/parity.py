@@ -57,9 +57,16 @@ def plain_output(stage: Stage, device: torch.device) -> torch.Tensor:
 
     UnsupportedModelError where a stage is not a function of its tokens and of one hidden state each.
     """
-    with torch.inference_mode():
-        out = Probe.of(stage, device).run(stage)
     who = f"{type(stage.module).__name__}, {stage.place}"
+    try:
+        with torch.inference_mode():
+            out = Probe.of(stage, device).run(stage)
+    except Exception as error:
+        if stage.place.is_first_stage:
+            raise
+        raise UnsupportedModelError(
+            f"{who}: fails on hidden states alone, use pipeline_parallel=1: {error}"
+        ) from error
     if not stage.place.is_last_stage and (out.shape[1:], out.dtype) != ((stage.hidden_size,), stage.dtype):
         raise UnsupportedModelError(
             f"{who}: hands on {tuple(out.shape[1:])} of {out.dtype} for each token, where stages send "
