@@ -117,6 +117,10 @@ class StatsQuery(_Message, tag="stats_query"):
     """Asks for one Stats message."""
 
 
+class Shutdown(_Message, tag="shutdown"):
+    """The front wants no more answers: the engine ends, and its process with code 0."""
+
+
 # -- engine -> front ---------------------------------------------------------------------------
 
 
@@ -190,7 +194,7 @@ class EngineFailure(_Message, tag="failure"):
     reason: str
 
 
-FrontMessage = Request | Abort | StatsQuery
+FrontMessage = Request | Abort | StatsQuery | Shutdown
 EngineMessage = Output | Stats | EngineInfo | EngineFailure
 
 # -- engine -> workers -------------------------------------------------------------------------
@@ -222,7 +226,7 @@ class Row(_Message):
     token_ids: list[int] = []
 
 
-class StepPlan(_Message):
+class StepPlan(_Message, tag="plan"):
     """One step, the same on every rank. Differences only: workers remember the rest."""
 
     step: int
@@ -236,7 +240,7 @@ class StepPlan(_Message):
 INVALID_TOKEN = -1
 
 
-class StepResult(_Message):
+class StepResult(_Message, tag="result"):
     """One token for each row of the plan with sample=True, in the plan's order.
 
     A token is INVALID_TOKEN where the row's logits were not finite: there was nothing to draw from.

@@ -1,19 +1,23 @@
-"""Puts a rank together: settings -> model -> worker -> engine, in this process or as the engine process.
+"""Puts engine and ranks together: settings -> workers -> engine, in this process or as the engine process.
 
-The one place that knows both engine and worker. Called by the pipeline (build_local_engine) and, as
-`python -m ds_serve.rank FOLDER`, by the server's supervisor, whose private folder holds settings.json.
+The one place that knows both engine and worker. Called by the pipeline (build_local_engine, follow) and, as
+`python -m ds_serve.rank FOLDER FRONT_PID`, by the server's supervisor, whose private folder holds
+settings.json: directly for one rank, through the deepspeed launcher for several.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import logging
 import os
 import signal
 import sys
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
+import psutil
 
 from ds_serve.cache.manager import CacheManager
 from ds_serve.config import Settings
@@ -22,28 +26,43 @@ from ds_serve.engine.limits import Limits
 from ds_serve.engine.local import LocalEngine
 from ds_serve.engine.loop import EngineLoop
 from ds_serve.engine.scheduler import Scheduler
+from ds_serve.launch import check_world, ranks
 from ds_serve.messages import EngineFailure, EngineInfo
-from ds_serve.model.loader import load
+from ds_serve.parallel.grid import Grid
+from ds_serve.parallel.place import Place
+from ds_serve.worker.cluster import Lead, build_worker, follow
 from ds_serve.worker.local import LocalRank
-from ds_serve.worker.worker import Worker
+
+__all__ = ["build_local_engine", "follow", "main"]
 
 logger = logging.getLogger(__name__)
 
+_lead: Lead | None = None
+_engines: weakref.WeakSet[LocalEngine] = weakref.WeakSet()
+
 
 def build_local_engine(settings: Settings) -> LocalEngine:
-    """The engine with its one rank on two threads of this process. Raises what loading raises."""
-    return LocalEngine(*_build(settings))
+    """The engine with its rank on two threads of this process, which must be rank 0 if there are several.
+
+    Raises what loading raises, RankFailure where a rank fails, ValueError for a wrong number of ranks.
+    """
+    check_world(settings, ranks())
+    engine = LocalEngine(*_build(settings))
+    _engines.add(engine)
+    return engine
 
 
 def _build(settings: Settings) -> tuple[Scheduler, LocalRank, EngineInfo]:
-    rank = LocalRank(lambda: _build_worker(settings))
+    rank = _start_ranks(settings)
     info = rank.worker.info(settings)
+    stages = settings.pipeline_parallel
     limits = Limits(
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_model_len=info.max_model_len,
         max_queue=settings.max_queue,
-        max_steps_in_flight=settings.steps_in_flight or 2,
+        max_steps_in_flight=settings.steps_in_flight or (2 if stages == 1 else stages),
+        num_stages=stages,
         vocab_size=info.vocab_size,
     )
     # What a cached block's content depends on, beside its tokens and the request's salt.
@@ -54,43 +73,87 @@ def _build(settings: Settings) -> tuple[Scheduler, LocalRank, EngineInfo]:
     return Scheduler(limits, cache), rank, info
 
 
-def _build_worker(settings: Settings) -> Worker:
-    if settings.num_threads is not None:
-        torch.set_num_threads(settings.num_threads)
-    return Worker(load(settings), settings)
+def _start_ranks(settings: Settings) -> LocalRank:
+    global _lead
+    if settings.world_size == 1:
+        return LocalRank(lambda progress: build_worker(settings, Grid(Place()), progress))
+    if _lead is None:
+        _lead = Lead(settings)
+        atexit.register(_leave)
+    return _lead.start(settings)
 
 
-def main(folder: str) -> int:
-    """The engine process: serves the front that owns folder until it goes away. Returns the exit code."""
-    parent = int(os.environ["DS_SERVE_PARENT_PID"])
-    _die_with_parent(parent)
+def _leave() -> None:
+    """At the end of rank 0's process: engines still open are closed, then the other ranks may end."""
+    for engine in list(_engines):
+        engine.close()
+    if _lead is not None:
+        _lead.leave()
+
+
+def main(folder: str, front_pid: int) -> int:
+    """A rank's process under a front: rank 0 serves the front that owns folder until it goes away.
+
+    Returns the exit code; with several ranks it ends the process itself.
+    """
+    rank_env = ranks()
+    _die_with_parent()
+    if rank_env is not None and rank_env.rank > 0:
+        return follow()
+    front_lives = _watch(front_pid)
     settings = Settings.model_validate_json((Path(folder) / "settings.json").read_bytes())
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(name)s: %(message)s")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    port = IpcPort(folder, parent)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    port = IpcPort(folder, front_lives)
+    signal.signal(signal.SIGTERM, _terminated)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the front decides
+    code = 1
     try:
+        check_world(settings, rank_env)
         scheduler, rank, info = _build(settings)
         port.deliver([info])
         EngineLoop(scheduler, rank, port, port.deliver).run()
+        code = 0
+    except SystemExit:
+        code = 0
     except Exception as error:
         logger.error("engine: %s", error, exc_info=settings.log_level == "debug")
         port.deliver([EngineFailure(reason=f"{type(error).__name__}: {error}")])
-        return 1
     finally:
         port.close()
-    return 0
+    if _lead is not None:
+        _lead.leave()
+        logging.shutdown()
+        os._exit(code)  # a thread may be inside a collective that never ends
+    return code
 
 
-def _die_with_parent(parent: int) -> None:
+def _terminated(*_: object) -> None:
+    """SIGTERM: from the front, or from a launcher that saw another rank die, which is then the reason."""
+    if _lead is not None:
+        _lead.controller.check(wait_s=1.0)
+    raise SystemExit(0)
+
+
+def _watch(front_pid: int) -> Callable[[], bool]:
+    """Whether the front lives, by its pid and start. SystemExit where it is gone already."""
+    try:
+        front = psutil.Process(front_pid)
+    except psutil.NoSuchProcess:
+        sys.exit("the front that started this engine is gone")
+
+    def lives() -> bool:
+        return front.is_running() and front.status() != psutil.STATUS_ZOMBIE
+
+    return lives
+
+
+def _die_with_parent() -> None:
     """SIGKILL for this process when its parent ends, however it ends (Linux)."""
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit("the front that started this engine is gone")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1], int(sys.argv[2])))

@@ -30,6 +30,7 @@ class AttentionBatch:
     max_query_len, num_tokens plain ints, so that nobody needs to ask the device
     sampled       int64[S] or None  the tokens whose logits are wanted (None: all); a last layer may leave
                   the others' hidden states unfinished, once their KV is written
+    num_calls     attention calls so far: how far the step has got, for who watches over it
     """
 
     slab: torch.Tensor
@@ -42,6 +43,7 @@ class AttentionBatch:
     max_query_len: int
     num_tokens: int
     sampled: torch.Tensor | None = None
+    num_calls: int = 0
 
 
 current_batch: ContextVar[AttentionBatch | None] = ContextVar("ds_serve_attention_batch", default=None)

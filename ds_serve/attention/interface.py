@@ -118,6 +118,7 @@ def paged_attention(
     if backend is None:
         raise RuntimeError(f"{type(module).__name__} has no attention backend: call install(model, backend)")
     batch = get_batch()
+    batch.num_calls += 1
     window, chunk = _locality(module, attention_mask, sliding_window)
     out = backend.forward(
         module.layer_idx - batch.layout.first_layer,

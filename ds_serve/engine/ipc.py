@@ -6,14 +6,14 @@ The front binds both in a private folder, and the engine connects. A frame is a 
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import zmq
 
 from ds_serve.engine.loop import Closed
-from ds_serve.messages import EngineMessage, FrontMessage
+from ds_serve.messages import EngineMessage, FrontMessage, Shutdown
 
 IDLE_POLL_MS = 1000
 
@@ -21,15 +21,15 @@ IDLE_POLL_MS = 1000
 class IpcPort:
     """Both sockets of one engine process: Inbox.receive and deliver for the loop.
 
-    front.out carries the front's messages, front.in the engine's. The front is gone when its process is:
-    parent_pid is checked while the engine is idle.
+    front.out carries the front's messages, front.in the engine's. The front is gone when it says so
+    (Shutdown) or when its process is: front_lives is asked while the engine is idle.
     """
 
-    def __init__(self, folder: str, parent_pid: int | None = None) -> None:
+    def __init__(self, folder: str, front_lives: Callable[[], bool] = lambda: True) -> None:
         self._context = zmq.Context()
         self._in = self._connect(zmq.PULL, Path(folder) / "front.out")
         self._out = self._connect(zmq.PUSH, Path(folder) / "front.in")
-        self._parent_pid = parent_pid
+        self._front_lives = front_lives
         self._decoder = msgspec.msgpack.Decoder(list[FrontMessage])
         self._encoder = msgspec.msgpack.Encoder()
 
@@ -45,7 +45,9 @@ class IpcPort:
         while self._in.poll(timeout):
             messages += self._decoder.decode(self._in.recv())
             timeout = 0
-        if wait and not messages and self._parent_pid not in (None, os.getppid()):
+        if any(isinstance(message, Shutdown) for message in messages):
+            raise Closed
+        if wait and not messages and not self._front_lives():
             raise Closed
         return messages
 

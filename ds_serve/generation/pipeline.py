@@ -23,6 +23,7 @@ from ds_serve.config import Settings
 from ds_serve.generation.args import ENCODE, RETURN, check_names, config_fields, resolve_generate, return_type
 from ds_serve.generation.run import Call, Event, GenerationError, Run, Sequence
 from ds_serve.generation.text import Input, Texts
+from ds_serve.launch import check_world, ranks
 from ds_serve.messages import Output
 from ds_serve.text.codec import TextCodec
 
@@ -38,8 +39,9 @@ def pipeline(
     """A TextGenerationPipeline for the model in a local folder.
 
     arguments are engine settings (ds_serve.config.Settings) and defaults for the calls
-    (max_new_tokens=20, say). Raises ValueError for another task, TypeError for an unknown name, and
-    what loading the model raises.
+    (max_new_tokens=20, say). With tensor_parallel or pipeline_parallel the script runs under the deepspeed
+    launcher: rank 0 gets the pipeline, the other ranks work for it in here and never return.
+    Raises ValueError for another task, TypeError for an unknown name, and what loading the model raises.
     """
     if task != "text-generation":
         raise ValueError(f"task: only 'text-generation' is served, got {task!r}")
@@ -50,6 +52,7 @@ def pipeline(
     if "dtype" in settings:
         settings["dtype"] = str(settings["dtype"]).removeprefix("torch.")
     settings = Settings.load(model=str(model), **settings)
+    _follow_rank_0(settings)
     codec = TextCodec(settings.model, trust_remote_code=settings.trust_remote_code)
     generation = _model_generation(settings)
 
@@ -219,6 +222,16 @@ class TextGenerationPipeline:
                 yield run.take(*(await arrived.get()))
         finally:
             run.abort()
+
+
+def _follow_rank_0(settings: Settings) -> None:
+    """On other ranks of a launch than the first: works for rank 0 until its process is done, then exits."""
+    rank_env = ranks()
+    check_world(settings, rank_env)
+    if rank_env is not None and rank_env.rank > 0:
+        from ds_serve.rank import follow
+
+        sys.exit(follow())
 
 
 def _max_inputs(arguments: Mapping[str, Any], limit: int) -> int:

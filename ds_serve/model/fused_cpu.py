@@ -216,6 +216,7 @@ class FusedDecoderLayer(nn.Module):
         if batch is None:  # a dry forward that only records shapes, or an error that the interface reports
             parts = (t.transpose(0, 1)[None] for t in (q, k, v))
             return interface.paged_attention(self, *parts, None, scaling=self.scaling)[0][0]
+        batch.num_calls += 1
         layer = self.layer_idx - batch.layout.first_layer
         return self.ds_paged_backend.forward(layer, q, k, v, batch, scale=self.scaling, window=self.window)
 

@@ -54,12 +54,14 @@ class Grid:
 
     @classmethod
     def make(cls, tp: int, pp: int, all_reduce: AllReduce = "auto") -> Grid:
-        """The grid of all ranks that have met (a collective). ValueError where their number is not tp x pp."""
+        """The grid of all ranks that have met, a collective. ValueError where they are not tp x pp."""
         from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 
         world = torch.distributed.get_world_size()
         if world != tp * pp:
-            raise ValueError(f"tensor_parallel {tp} x pipeline_parallel {pp} need {tp * pp} ranks, found {world}")
+            raise ValueError(
+                f"tensor_parallel {tp} x pipeline_parallel {pp} need {tp * pp} ranks, found {world}"
+            )
         with contextlib.redirect_stdout(io.StringIO()):
             topology = PipeModelDataParallelTopology(num_pp=pp, num_mp=tp, num_dp=1)
             groups = PipelineParallelGrid(topology=topology)
@@ -113,7 +115,9 @@ class Grid:
         if self.place.tp == 1 or not count:
             return values or []
         mine = values if self.place.shard == 0 else [0] * count
-        if self.uses_shm:  # float32 holds integers below 2**24, more than any vocabulary, and adds zeros exactly
+        if (
+            self.uses_shm
+        ):  # float32 holds integers below 2**24, more than any vocabulary, and adds zeros exactly
             return [int(value) for value in self.all_reduce(torch.tensor(mine, dtype=torch.float32)).tolist()]
         device = torch.device("cpu") if torch.distributed.get_backend(self.tensor_group) == "gloo" else None
         shared = torch.tensor(mine, dtype=torch.int64, device=device or torch.get_default_device())

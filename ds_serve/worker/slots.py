@@ -55,12 +55,15 @@ class SlotTable:
         self._tokens[slots, positions] = token_ids
 
     def build(self, rows: Sequence[Row], slab: torch.Tensor, layout: KVLayout) -> StepInputs:
-        """Extends block tables by the rows' new blocks and packs the rows, in order."""
+        """Extends tokens and block tables by what the rows bring and packs the rows, in order."""
         for row in rows:
             if row.new_block_ids:
                 held = self._num_blocks[row.slot]
                 self._num_blocks[row.slot] = held + len(row.new_block_ids)
                 self._blocks[row.slot, held : self._num_blocks[row.slot]] = row.new_block_ids
+            if row.token_ids:
+                end = row.start + row.count
+                self._tokens[row.slot, end - len(row.token_ids) : end] = row.token_ids
         slots = np.array([row.slot for row in rows])
         starts = np.array([row.start for row in rows])
         counts = np.array([row.count for row in rows])

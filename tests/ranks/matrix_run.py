@@ -1,0 +1,61 @@
+"""Started on every rank by the launcher: runs the cases of a JSON file through engines over all ranks.
+
+    matrix_run.py CASES RESULTS
+
+Rank 0 writes one record a case: the tokens of each run, and how often it chunked, preempted and hit. The
+engines come one after another in the same processes, as in a user's script with several pipelines.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
+
+from tiny_models import run_all
+
+from ds_serve.config import Settings
+from ds_serve.launch import ranks
+from ds_serve.rank import build_local_engine, follow
+
+
+def run_case(case: dict) -> dict:
+    """Each variant's engine serves the prompts `rounds` times; its books are whole afterwards."""
+    record: dict = {"name": case["name"]}
+    for variant in case["variants"]:
+        engine = build_local_engine(Settings(**case["settings"], **variant["settings"]))
+        rounds = [run_all(engine, case["prompts"], case["lengths"]) for _ in range(variant["rounds"])]
+        stats = engine.stats()
+        engine.close()
+        engine.scheduler.check_integrity()
+        record[variant["name"]] = {
+            "rounds": rounds,
+            "blocks_lost": stats.num_blocks - stats.num_free_blocks,
+            "preemptions": stats.num_preemptions,
+            "cached_tokens": stats.cached_tokens,
+            "steps": stats.num_steps,
+        }
+    return record
+
+
+def main() -> int:
+    rank_env = ranks()
+    if rank_env is not None and rank_env.rank > 0:
+        return follow()
+    cases, results = (Path(name) for name in sys.argv[1:])
+    with results.open("w") as out:
+        for case in json.loads(cases.read_text()):
+            try:
+                record = run_case(case)
+            except Exception as error:
+                record = {"name": case["name"], "error": f"{type(error).__name__}: {error}"}
+            out.write(json.dumps(record) + "\n")
+            out.flush()
+            print(record["name"], record.get("error", "done"), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

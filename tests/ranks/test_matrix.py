@@ -1,0 +1,137 @@
+"""The same greedy tokens as transformers' generate, over every grid of ranks.
+
+Each grid is one launch; all its models run in it, one engine after another. `make test` takes a part of the
+matrix in which every grid and every model comes up, `make test-all` the whole of it (DS_SERVE_TEST_ALL=1).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launch import run_ranks
+from transformers import AutoModelForCausalLM
+
+from ds_serve.demo import model_path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
+
+from tiny_models import build, mixed_prompts, oracles, save
+
+NUM_REQUESTS = 32
+LENGTHS = [4 + (7 * index) % 17 for index in range(NUM_REQUESTS)]
+PROMPTS = mixed_prompts(NUM_REQUESTS)
+
+LAYERS = {"num_hidden_layers": 4}
+MODELS = {
+    "demo": None,
+    "llama": ("llama", LAYERS),
+    "llama_tied": ("llama", LAYERS | {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", LAYERS),
+    "mistral": ("mistral", LAYERS),
+    "gemma2": ("gemma2", LAYERS),
+    "gpt2": ("gpt2", {"n_layer": 4}),
+    "mixtral": ("mixtral", LAYERS | {"num_local_experts": 4}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        LAYERS | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+    ),
+}
+GRIDS = [(1, 1), (2, 1), (4, 1), (1, 2), (1, 4), (2, 2)]
+PART = {
+    (1, 1): ["demo", "mixtral", "qwen3_moe"],
+    (2, 1): ["demo", "qwen3", "gpt2", "mixtral"],
+    (4, 1): ["llama"],
+    (1, 2): ["demo", "mistral", "gemma2", "qwen3_moe"],
+    (1, 4): ["llama"],
+    (2, 2): ["demo", "llama_tied", "mixtral"],
+}
+WANTED = {grid: list(MODELS) for grid in GRIDS} if os.environ.get("DS_SERVE_TEST_ALL") == "1" else PART
+
+VARIANTS = [
+    {"name": "hits", "rounds": 2, "settings": {"num_blocks": 400}},
+    {
+        "name": "preempted",
+        "rounds": 1,
+        "settings": {
+            "num_blocks": 24, "block_size": 4, "max_num_batched_tokens": 48, "attention": "reference",
+        },
+    },
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Saves a model at its first use: name -> (folder, prompts' greedy continuations by generate in fp32)."""
+    made: dict[str, tuple[str, list[list[int]]]] = {}
+
+    def get(name: str) -> tuple[str, list[list[int]]]:
+        if name not in made:
+            if MODELS[name] is None:
+                folder = str(model_path())
+                model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+                model.generation_config.eos_token_id = None
+            else:
+                architecture, overrides = MODELS[name]
+                model = build(architecture, **overrides)
+                folder = save(model, tmp_path_factory.mktemp(name))
+            made[name] = folder, oracles(model, PROMPTS, LENGTHS)
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def records(models, tmp_path_factory):
+    """Launches a grid at its first use; the records of its models by name."""
+    done: dict[tuple[int, int], dict[str, dict]] = {}
+
+    def get(grid: tuple[int, int]) -> dict[str, dict]:
+        if grid not in done:
+            done[grid] = _launch(grid, models, tmp_path_factory.mktemp("matrix"))
+        return done[grid]
+
+    return get
+
+
+def _launch(grid: tuple[int, int], models, folder: Path) -> dict[str, dict]:
+    tp, pp = grid
+    shape = {"tensor_parallel": tp, "pipeline_parallel": pp, "dtype": "float32", "all_reduce": "group"}
+    cases = [
+        {
+            "name": name,
+            "prompts": PROMPTS,
+            "lengths": LENGTHS,
+            "settings": {"model": models(name)[0]} | shape,
+            "variants": VARIANTS,
+        }
+        for name in WANTED[grid]
+    ]
+    (folder / "cases.json").write_text(json.dumps(cases))
+    script = str(Path(__file__).parent / "matrix_run.py")
+    run_ranks(script, tp * pp, [str(folder / "cases.json"), str(folder / "results.jsonl")], timeout=280)
+    lines = (folder / "results.jsonl").read_text().splitlines()
+    return {record["name"]: record for record in map(json.loads, lines)}
+
+
+@pytest.mark.parametrize(
+    ("grid", "name"),
+    [
+        pytest.param(grid, name, id=f"tp{grid[0]}-pp{grid[1]}-{name}")
+        for grid in GRIDS
+        for name in WANTED[grid]
+    ],
+)
+def test_tokens_equal_generate(grid, name, models, records):
+    record, (_, wanted) = records(grid)[name], models(name)
+    assert "error" not in record, record
+    assert all(tokens == wanted for tokens in record["hits"]["rounds"])
+    hit = sum((len(prompt) - 1) // 16 * 16 for prompt in PROMPTS)
+    assert record["hits"]["cached_tokens"] >= hit
+    assert record["preempted"]["rounds"] == [wanted]
+    assert record["preempted"]["preemptions"] > 0
+    assert record["hits"]["blocks_lost"] == record["preempted"]["blocks_lost"] == 0
