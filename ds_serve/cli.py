@@ -1,30 +1,43 @@
 """The command line: ds-serve serve | generate.
 
-Turns flags into Settings (every setting is a flag), and starts the server or the pipeline. Heavy imports
-happen only in the command that needs them.
+Turns flags into Settings (every setting is a flag), and starts the server or the pipeline; where these need
+several ranks and no launcher has started them, the launcher first. Heavy imports happen only in the command
+that needs them.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import json
 import logging
 import sys
+import tempfile
 import typing
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import ValidationError
 
+from ds_serve import launch
 from ds_serve.config import Settings
 
 DEMO = "demo"
+SHORT = {"tensor_parallel": "--tp", "pipeline_parallel": "--pp"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code (2: bad arguments)."""
+    """Runs one command; returns the exit code (2: bad arguments). Other ranks than rank 0 follow that one."""
     parser = _parser()
     args = vars(parser.parse_args(argv))
     command = args.pop("command")
     try:
+        rank = launch.ranks()
+        if rank is not None and rank.rank > 0:
+            from ds_serve.rank import follow
+
+            return follow()
         return command(args)
     except (ValidationError, ValueError, FileNotFoundError) as error:
         print(f"{parser.prog}: {_readable(error)}", file=sys.stderr)
@@ -37,13 +50,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ds-serve", description="Serve a Hugging Face causal LM on DeepSpeed."
     )
+    # Launchers put it before everything else; the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     serve = commands.add_parser("serve", help="an OpenAI-compatible server", description=_serve.__doc__)
     _add_settings(serve)
+    launch.add_arguments(serve)
     serve.set_defaults(command=_serve)
     generate = commands.add_parser("generate", help="continue prompts", description=_generate.__doc__)
     _add_settings(generate)
     _add_generation(generate)
+    launch.add_arguments(generate)
     generate.set_defaults(command=_generate)
     return parser
 
@@ -58,7 +75,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     for name, field in Settings.model_fields.items():
         if name == "model":
             continue
-        options: dict = {"default": argparse.SUPPRESS, "help": field.description}
+        options: dict = {"default": argparse.SUPPRESS, "help": field.description, "dest": name}
         choices = typing.get_args(field.annotation)
         if field.annotation is bool:
             options["action"] = argparse.BooleanOptionalAction
@@ -66,7 +83,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
             options["choices"] = choices
         else:
             options["metavar"] = "N" if field.annotation is int or int in choices else "VALUE"
-        group.add_argument(f"--{name.replace('_', '-')}", **options)
+        spellings = [SHORT[name]] if name in SHORT else []
+        group.add_argument(*spellings, f"--{name.replace('_', '-')}", **options)
 
 
 def _add_generation(parser: argparse.ArgumentParser) -> None:
@@ -81,6 +99,7 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--stop", action="append", metavar="TEXT", help="end before this text (may be given again)"
     )
+    group.add_argument("--job", help=argparse.SUPPRESS)
 
 
 def _settings(args: dict) -> Settings:
@@ -91,21 +110,71 @@ def _settings(args: dict) -> Settings:
 
         flags |= {"model": model_path(), "served_model_name": flags.get("served_model_name", DEMO)}
     settings = Settings.load(args["config"], **flags)
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(name)s: %(message)s")
+    _log(settings)
     return settings
+
+
+def _log(settings: Settings) -> None:
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(name)s: %(message)s")
+
+
+def _must_launch(settings: Settings, options: launch.Options) -> bool:
+    """Whether ranks are to be started here. ValueError where options or ranks do not fit the settings."""
+    given, rank = ", ".join(options.given()), launch.ranks()
+    if rank is not None:
+        launch.check_world(settings, rank)
+        if given:
+            raise ValueError(f"{given}: for the launcher, which has started this process already")
+    elif settings.world_size == 1 and given:
+        raise ValueError(f"{given}: for several ranks: give --tp or --pp too")
+    options.check()
+    return rank is None and settings.world_size > 1
 
 
 def _serve(args: dict) -> int:
     """Serve a model over HTTP until SIGTERM or Ctrl-C."""
     from ds_serve.server.run import serve
+    from ds_serve.server.supervisor import RestartPolicy
 
-    return serve(_settings(args))
+    settings, options = _settings(args), launch.Options.take(args)
+    once = RestartPolicy(max_restarts=0)
+    if not _must_launch(settings, options):
+        # The rank of a launch cannot be started again alone.
+        return serve(settings, policy=None if settings.world_size == 1 else once)
+    if options.follows:
+        return launch.run(launch.several(settings, options, launch.RANK_MODULE, []))
+    start = functools.partial(launch.several, settings, options, launch.RANK_MODULE)
+    return serve(settings, start, once if options.no_ssh else None)
+
+
+class _Job(NamedTuple):
+    """What generate has to do: prompts (or chats), and the pipeline's arguments for the call."""
+
+    settings: Settings
+    inputs: list
+    arguments: dict
 
 
 def _generate(args: dict) -> int:
     """Continue prompts and print the texts: streamed for one prompt, in order for several."""
-    from ds_serve.generation.pipeline import GenerationError, pipeline
+    if args["job"] is not None:
+        return _run_job(_read_job(args["job"]))
+    settings = _settings(args | {"log_level": args.get("log_level", "warning")})
+    options = launch.Options.take(args)
+    must_launch = _must_launch(settings, options)
+    if options.follows:
+        return launch.run(launch.several(settings, options, launch.RANK_MODULE, []))
+    job = _Job(settings, *_prompts(args))
+    if not must_launch:
+        return _run_job(job)
+    with tempfile.NamedTemporaryFile("w", prefix="ds-serve-", suffix=".json") as file:
+        json.dump([settings.model_dump_json(), job.inputs, job.arguments], file)
+        file.flush()
+        return launch.run(launch.several(settings, options, "ds_serve", ["generate", "--job", file.name]))
 
+
+def _prompts(args: dict) -> tuple[list, dict]:
+    """The pipeline's inputs and the arguments of its call."""
     prompts = args["prompt"] or [line.rstrip("\n") for line in sys.stdin]
     if not prompts:
         raise ValueError("no prompt: give --prompt, or lines on stdin")
@@ -116,10 +185,23 @@ def _generate(args: dict) -> int:
     wanted |= {"max_new_tokens": args["max_new_tokens"], "do_sample": args["temperature"] > 0}
     if wanted["do_sample"]:
         wanted["temperature"] = args["temperature"]
-    settings = _settings(args | {"log_level": args.get("log_level", "warning")})
-    with pipeline(**settings.model_dump(exclude_defaults=True)) as pipe:
+    return inputs, wanted
+
+
+def _read_job(file: str) -> _Job:
+    """The job that the process which started the launcher wrote for rank 0."""
+    settings, inputs, arguments = json.loads(Path(file).read_text(encoding="utf-8"))
+    job = _Job(Settings.model_validate_json(settings), inputs, arguments)
+    _log(job.settings)
+    return job
+
+
+def _run_job(job: _Job) -> int:
+    from ds_serve.generation.pipeline import GenerationError, pipeline
+
+    with pipeline(**job.settings.model_dump(exclude_defaults=True)) as pipe:
         try:
-            _print_texts(pipe, inputs, wanted)
+            _print_texts(pipe, job.inputs, job.arguments)
         except GenerationError as error:
             raise ValueError(str(error)) from error
     return 0

@@ -26,6 +26,7 @@ from ds_serve.config import Settings
 RANK_MODULE = "ds_serve.rank"
 GRACE_S = 3.0  # ranks end at SIGTERM; who has not by then is killed
 _POLL_S = 0.05
+_KILLERS = (signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL)
 _DEVICE_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # CUDA, CUDA under WSL, ROCm
 
 
@@ -321,8 +322,8 @@ def run(launch: Launch) -> int:
 
 def describe(code: int) -> str:
     """A process's exit code in words. A launcher ends with 256 - n where signal n killed a rank."""
-    number = -code if code < 0 else 256 - code if code > 192 else 0
-    if number in set(signal.Signals):
+    number = -code if code < 0 else 256 - code
+    if code < 0 or number in _KILLERS:
         return f"was killed by {signal.Signals(number).name}"
     return f"ended with code {code}"
 

@@ -28,6 +28,7 @@ from ds_serve.messages import (
     FrontMessage,
     Output,
     Request,
+    Shutdown,
     Stats,
     StatsQuery,
 )
@@ -134,6 +135,11 @@ class EngineClient:
         self._stats_waiters.append(waiter)
         self._send(StatsQuery())
         return await waiter
+
+    def shut_down(self) -> None:
+        """Asks the engine to end; every open iterator raises EngineDeadError."""
+        self._send(Shutdown())
+        self.fail("the server is shutting down")
 
     def fail(self, reason: str) -> None:
         """The engine is gone: every open iterator raises EngineDeadError(reason). The first call counts."""

@@ -11,23 +11,28 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import uvicorn
 
+from ds_serve import launch
 from ds_serve.config import Settings
 from ds_serve.messages import EngineInfo
 from ds_serve.server.app import create_app
 from ds_serve.server.front import Front
-from ds_serve.server.supervisor import Supervisor
+from ds_serve.server.supervisor import RestartPolicy, Supervisor
 from ds_serve.text.codec import TextCodec
 from ds_serve.text.defaults import GenerationDefaults
 
 _OPEN_REQUESTS_GRACE_S = 5  # how long answers may still take when the server is told to stop
 
 
-def serve(settings: Settings) -> int:
-    """Serves settings.model until SIGINT or SIGTERM.
+def serve(
+    settings: Settings,
+    start: Callable[[Sequence[str]], launch.Launch] = launch.one,
+    policy: RestartPolicy | None = None,
+) -> int:
+    """Serves settings.model until SIGINT or SIGTERM. start and policy are the Supervisor's.
 
     Returns the process's exit code: 0 after a signal, 1 where the port, the model or the engine
     failed. HTTP answers 503 while the engine loads.
@@ -37,11 +42,13 @@ def serve(settings: Settings) -> int:
         defaults = GenerationDefaults.load(settings.model)
     except (OSError, ValueError) as error:
         return _failed(error)
-    return asyncio.run(_serve(settings, front_socket, defaults))
+    supervisor = Supervisor(settings.model_dump_json(), start=start, ranks=settings.world_size, policy=policy)
+    return asyncio.run(_serve(settings, supervisor, front_socket, defaults))
 
 
-async def _serve(settings: Settings, front_socket: socket.socket, defaults: GenerationDefaults) -> int:
-    supervisor = Supervisor(settings.model_dump_json())
+async def _serve(
+    settings: Settings, supervisor: Supervisor, front_socket: socket.socket, defaults: GenerationDefaults
+) -> int:
     front = Front(settings.name, defaults, supervisor, created=int(time.time()))
     config = uvicorn.Config(
         create_app(front),
@@ -80,7 +87,7 @@ async def _watch(
         info = await supervisor.wait_ready()
         print(_greeting(settings.name, info, front_socket), flush=True)
         await supervisor.given_up.wait()
-        return _failed("the engine failed for good; its messages are above")
+        return _failed(f"the engine failed for good: {supervisor.reason}")
     except Exception as error:  # transformers raises what it likes over a tokenizer's files
         return _failed(error)
     finally:
@@ -119,9 +126,12 @@ def _listen(host: str, port: int) -> socket.socket:
 def _greeting(name: str, info: EngineInfo, front_socket: socket.socket) -> str:
     host, port = front_socket.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    ranks = ""
+    if info.tensor_parallel * info.pipeline_parallel > 1:
+        ranks = f", tensor parallel {info.tensor_parallel} x pipeline parallel {info.pipeline_parallel}"
     body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     return (
-        f"{name} ({info.dtype} on {info.device}, {info.max_model_len} tokens, "
+        f"{name} ({info.dtype} on {info.device}{ranks}, {info.max_model_len} tokens, "
         f"{info.num_blocks} KV blocks of {info.block_size}) is served on {url}/v1\n"
         f"try: curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
     )

@@ -1,7 +1,7 @@
-"""Keeps one engine process alive: starts it, watches it, starts it again, and leaves nothing behind.
+"""Keeps one engine alive: starts it, watches it, starts it again, and leaves nothing behind.
 
-Knows processes and folders; what passes over the sockets is client.py's. run.py owns one
-Supervisor, and the routes ask it for the client of the engine's present life.
+Knows processes and folders; how ranks are started is launch.py's, what passes over the sockets client.py's.
+run.py owns one Supervisor, and the routes ask it for the client of the engine's present life.
 """
 
 from __future__ import annotations
@@ -10,16 +10,15 @@ import asyncio
 import logging
 import os
 import shutil
-import signal
-import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ds_serve import launch
 from ds_serve.messages import EngineInfo
 from ds_serve.server.client import EngineClient, EngineDeadError
 
@@ -42,10 +41,11 @@ class RestartPolicy:
 
 
 class Supervisor:
-    """One engine process at a time: `command FOLDER`, in a process group of its own.
+    """One engine at a time: what start([FOLDER, PID]) says, in a process group of its own.
 
     FOLDER is private (0700) and holds settings.json (0600) and both sockets; it goes with the
-    process. The child finds this process's id in DS_SERVE_PARENT_PID. An engine that fails before
+    engine. PID is this process's id: the engine ends where that is gone. With several ranks, start gives
+    their launcher, or, in a process that a launcher started, its own rank. An engine that fails before
     it was ever ready is not started again: its settings or its model are at fault.
     """
 
@@ -53,12 +53,14 @@ class Supervisor:
         self,
         settings_json: str,
         *,
-        command: Sequence[str] = (sys.executable, "-m", "ds_serve.rank"),
+        start: Callable[[Sequence[str]], launch.Launch] = launch.one,
+        ranks: int = 1,
         policy: RestartPolicy | None = None,
-        grace_s: float = 10.0,
+        grace_s: float = launch.GRACE_S,
     ) -> None:
         self._settings_json = settings_json
-        self._command = tuple(command)
+        self._start = start
+        self._ranks = ranks
         self._policy = policy or RestartPolicy()
         self._grace_s = grace_s
         self._stopping = asyncio.Event()
@@ -68,6 +70,11 @@ class Supervisor:
         self._reason = "the engine is starting"
         self.retry_after_s = 5
         self.given_up = asyncio.Event()
+
+    @property
+    def reason(self) -> str:
+        """Why there is no engine, or why there was none last."""
+        return self._reason
 
     @property
     def client(self) -> EngineClient:
@@ -87,7 +94,7 @@ class Supervisor:
         return self.client.info
 
     async def stop(self) -> None:
-        """Ends the engine: SIGTERM to its group, SIGKILL after the grace."""
+        """Ends the engine: asks it to, then SIGTERM to its group, then SIGKILL, each after the grace."""
         self._stopping.set()
         await self._task
 
@@ -97,8 +104,8 @@ class Supervisor:
             while not self._stopping.is_set():
                 try:
                     self._reason = await self._live()
-                except OSError as error:
-                    self._reason = f"the engine process cannot be started: {error}"
+                except (OSError, ValueError) as error:
+                    self._reason = f"the engine cannot be started: {error}"
                     log.error(self._reason)
                 if self._stopping.is_set() or not self._was_ready:
                     break
@@ -106,9 +113,8 @@ class Supervisor:
                 while restarts and restarts[0] < now - self._policy.window_s:
                     restarts.popleft()
                 if len(restarts) >= self._policy.max_restarts:
-                    log.error(
-                        "the engine failed %d times within %g s", len(restarts) + 1, self._policy.window_s
-                    )
+                    if restarts:
+                        log.error("started again %d times in %g s", len(restarts), self._policy.window_s)
                     break
                 await self._pause(self._policy.delay_s(len(restarts)))
                 restarts.append(now)
@@ -133,7 +139,7 @@ class Supervisor:
                 try:
                     reason = await self._watch(process, client)
                 finally:
-                    await self._end(process)
+                    await self._end(process, client)
                 log.log(logging.INFO if self._stopping.is_set() else logging.ERROR, "engine: %s", reason)
                 return reason
             finally:
@@ -146,12 +152,9 @@ class Supervisor:
         settings = folder / "settings.json"
         settings.touch(mode=0o600)
         settings.write_text(self._settings_json, encoding="utf-8")
+        command, environment = self._start([str(folder), str(os.getpid())])
         return await asyncio.create_subprocess_exec(
-            *self._command,
-            str(folder),
-            stdin=asyncio.subprocess.DEVNULL,
-            env=os.environ | {"DS_SERVE_PARENT_PID": str(os.getpid())},
-            process_group=0,
+            *command, stdin=asyncio.subprocess.DEVNULL, env=environment, process_group=0
         )
 
     async def _watch(self, process: asyncio.subprocess.Process, client: EngineClient) -> str:
@@ -168,24 +171,25 @@ class Supervisor:
                 self._ready.set()
                 await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if stopping.done():
-                client.fail("the server is shutting down")
+                client.shut_down()
             elif exited.done():
                 await asyncio.wait({dead}, timeout=_LAST_WORDS_S)
-                client.fail(f"the engine process ended with code {exited.result()}")
+                client.fail(f"{self._culprit(client)} {launch.describe(exited.result())}")
             return await client.wait_dead()
         finally:
             for task in (exited, dead, stopping, ready):
                 task.cancel()
             await asyncio.gather(exited, dead, stopping, ready, return_exceptions=True)
 
-    async def _end(self, process: asyncio.subprocess.Process) -> None:
-        _signal_group(process.pid, signal.SIGTERM)
-        with suppress(TimeoutError):
-            await asyncio.wait_for(process.wait(), self._grace_s)
-        _signal_group(process.pid, signal.SIGKILL)  # also what the process left of its group
+    def _culprit(self, client: EngineClient) -> str:
+        """Who ended without a word. Of other ranks' ends, once it is ready, rank 0 would have told."""
+        if self._ranks == 1:
+            return "the engine process"
+        return "rank 0" if client.info is not None else "a rank"
+
+    async def _end(self, process: asyncio.subprocess.Process, client: EngineClient) -> None:
+        if self._stopping.is_set() and client.info is not None:  # it hears: else it is still loading
+            with suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), self._grace_s)
+        await asyncio.to_thread(launch.end_group, process.pid, self._grace_s)
         await process.wait()
-
-
-def _signal_group(group: int, number: int) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(group, number)

@@ -25,6 +25,7 @@ from ds_serve.messages import (
     FrontMessage,
     Output,
     Request,
+    Shutdown,
     Stats,
     TokenLogprob,
 )
@@ -69,6 +70,8 @@ class FakeEngine(threading.Thread):
         while self._leaving is None:
             while inbox.poll(0 if self._open and not self.hold.is_set() else 5):
                 for message in decoder.decode(inbox.recv()):
+                    if isinstance(message, Shutdown):
+                        return
                     self._take(message)
             if not self.hold.is_set():
                 self._step()
@@ -130,8 +133,8 @@ def outputs(request: Request, token_ids: list[int]) -> list[Output]:
 
 
 def main(folder: Path) -> None:
-    """Settings: journal, life_s (None: for ever), exit_code, reason, stubborn, children, die_early,
-    load_s."""
+    """Settings: journal (.left beside it: it left when asked to), life_s (None: until Shutdown), exit_code,
+    reason, stubborn (deaf to SIGTERM and Shutdown), children, die_early, load_s."""
     settings = json.loads((folder / "settings.json").read_text())
     with open(settings["journal"], "a") as journal:
         print(os.getpid(), file=journal)
@@ -149,6 +152,10 @@ def main(folder: Path) -> None:
     life_s = settings.get("life_s")
     if life_s is None:
         engine.join()
+        if not settings.get("stubborn"):
+            Path(settings["journal"]).with_suffix(".left").touch()
+            return
+        life_s = 600
     time.sleep(life_s)
     if settings.get("reason"):
         engine.leave(settings["reason"])

@@ -21,17 +21,17 @@ REPOSITORY = Path(fake_engine.__file__).parents[2]
 # argv: fake_engine.py, model folder, port, the fake's settings. The settings object is a stand-in, so that
 # settings.json holds what the fake reads.
 PROGRAM = """
-import functools, sys, types
+import os, sys, types
+from ds_serve.launch import Launch
 from ds_serve.server import run
 from ds_serve.server.supervisor import RestartPolicy
 fake, model, port, fake_settings = sys.argv[1:]
-run.Supervisor = functools.partial(
-    run.Supervisor, command=(sys.executable, fake), policy=RestartPolicy(max_restarts=0), grace_s=1.0
-)
-sys.exit(run.serve(types.SimpleNamespace(
+settings = types.SimpleNamespace(
     model=model, name="tiny", host="127.0.0.1", port=int(port), trust_remote_code=False, log_level="info",
-    model_dump_json=lambda: fake_settings,
-)))
+    world_size=1, model_dump_json=lambda: fake_settings,
+)
+start = lambda arguments: Launch([sys.executable, fake, *arguments], dict(os.environ))
+sys.exit(run.serve(settings, start, RestartPolicy(max_restarts=0)))
 """
 
 

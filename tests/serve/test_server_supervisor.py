@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import signal
 import stat
 import sys
 import time
@@ -10,6 +12,7 @@ from pathlib import Path
 import fake_engine
 import pytest
 
+from ds_serve import launch
 from ds_serve.messages import Request, SamplingParams
 from ds_serve.server.client import EngineDeadError
 from ds_serve.server.supervisor import RestartPolicy, Supervisor
@@ -24,11 +27,12 @@ def supervised(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     journal = tmp_path / "journal"
 
-    def run(test, policy=QUICK, grace_s=5.0, **settings):
+    def run(test, policy=QUICK, grace_s=5.0, ranks=1, **settings):
         async def main():
             supervisor = Supervisor(
                 json.dumps(settings | {"journal": str(journal)}),
-                command=(sys.executable, fake_engine.__file__),
+                start=fake,
+                ranks=ranks,
                 policy=policy,
                 grace_s=grace_s,
             )
@@ -47,6 +51,10 @@ def supervised(tmp_path, monkeypatch):
         return pids
 
     return run
+
+
+def fake(arguments):
+    return launch.Launch([sys.executable, fake_engine.__file__, *arguments], dict(os.environ))
 
 
 def until_gone(pids):
@@ -122,6 +130,30 @@ def test_killed_engine_fails_open_requests_with_its_code(supervised):
     supervised(test, life_s=0.6, exit_code=7, step_s=0.5)
 
 
+def test_a_launcher_that_ends_without_a_word_means_rank_0(supervised):
+    async def test(supervisor):
+        await supervisor.wait_ready()
+        assert await supervisor.client.wait_dead() == "rank 0 was killed by SIGKILL"
+
+    supervised(test, ranks=2, life_s=0.3, exit_code=256 - signal.SIGKILL)
+
+
+def test_ranks_that_end_while_they_load_are_not_called_rank_0(supervised):
+    async def test(supervisor):
+        with pytest.raises(EngineDeadError, match="^a rank ended with code 3$"):
+            await supervisor.wait_ready()
+
+    supervised(test, ranks=2, die_early=True, exit_code=3)
+
+
+def test_an_engine_is_asked_to_end_before_it_is_told_by_signal(supervised, tmp_path):
+    async def test(supervisor):
+        await supervisor.wait_ready()
+
+    supervised(test)
+    assert (tmp_path / "journal.left").exists()
+
+
 def test_an_engine_that_never_was_ready_is_not_started_again(supervised):
     async def test(supervisor):
         with pytest.raises(EngineDeadError, match="code 3"):
@@ -133,7 +165,7 @@ def test_an_engine_that_never_was_ready_is_not_started_again(supervised):
 
 def test_a_command_that_cannot_start_is_given_up():
     async def main():
-        supervisor = Supervisor("{}", command=("/nonexistent/python",))
+        supervisor = Supervisor("{}", start=lambda _: launch.Launch(["/nonexistent/python"], {}))
         await supervisor.start()
         with pytest.raises(EngineDeadError, match="nonexistent"):
             await supervisor.wait_ready()
