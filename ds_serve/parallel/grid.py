@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
+import os
 import socket
 from collections import deque
 from datetime import timedelta
 from typing import Literal
 
+import deepspeed
 import torch
 import torch.distributed
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 
 from ds_serve.parallel import shm
 from ds_serve.parallel.place import Place
-
-logger = logging.getLogger(__name__)
 
 TIMEOUT = timedelta(minutes=10)  # for a collective; ranks that die or hang are seen by control.py long before
 
@@ -32,8 +33,7 @@ def meet():
 
     Raises what torch.distributed raises where the environment names no ranks or they do not come.
     """
-    import deepspeed
-
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     # DeepSpeed's own set-up of the shared-memory op takes the whole world for one tensor group.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     with contextlib.redirect_stdout(io.StringIO()):
@@ -55,8 +55,6 @@ class Grid:
     @classmethod
     def make(cls, tp: int, pp: int, all_reduce: AllReduce = "auto") -> Grid:
         """The grid of all ranks that have met, a collective. ValueError where they are not tp x pp."""
-        from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
-
         world = torch.distributed.get_world_size()
         if world != tp * pp:
             raise ValueError(
@@ -103,9 +101,7 @@ class Grid:
             if not tensor.is_contiguous():
                 raise ValueError("all_reduce: the tensor must be contiguous")
             if tensor.dtype in shm.DTYPES:
-                from deepspeed import comm
-
-                comm.inference_all_reduce(tensor, group=self.tensor_group)
+                deepspeed.comm.inference_all_reduce(tensor, group=self.tensor_group)
             else:
                 torch.distributed.all_reduce(tensor, group=self.tensor_group)
         return tensor
@@ -119,8 +115,7 @@ class Grid:
             self.uses_shm
         ):  # float32 holds integers below 2**24, more than any vocabulary, and adds zeros exactly
             return [int(value) for value in self.all_reduce(torch.tensor(mine, dtype=torch.float32)).tolist()]
-        device = torch.device("cpu") if torch.distributed.get_backend(self.tensor_group) == "gloo" else None
-        shared = torch.tensor(mine, dtype=torch.int64, device=device or torch.get_default_device())
+        shared = torch.tensor(mine, dtype=torch.int64, device=get_accelerator().current_device_name())
         torch.distributed.broadcast(shared, src=self.place.rank - self.place.shard, group=self.tensor_group)
         return shared.tolist()
 

@@ -41,6 +41,7 @@ MODELS = {
         LAYERS | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
     ),
 }
+LAUNCH_S = 900  # a grid with all its models
 GRIDS = [(1, 1), (2, 1), (4, 1), (1, 2), (1, 4), (2, 2)]
 PART = {
     (1, 1): ["demo", "mixtral", "qwen3_moe"],
@@ -112,12 +113,13 @@ def _launch(grid: tuple[int, int], models, folder: Path) -> dict[str, dict]:
         for name in WANTED[grid]
     ]
     (folder / "cases.json").write_text(json.dumps(cases))
-    script = str(Path(__file__).parent / "matrix_run.py")
-    run_ranks(script, tp * pp, [str(folder / "cases.json"), str(folder / "results.jsonl")], timeout=280)
-    lines = (folder / "results.jsonl").read_text().splitlines()
+    script, results = Path(__file__).parent / "matrix_run.py", folder / "results.jsonl"
+    run_ranks(script, tp * pp, str(folder / "cases.json"), str(results), timeout=LAUNCH_S)
+    lines = results.read_text().splitlines()
     return {record["name"]: record for record in map(json.loads, lines)}
 
 
+@pytest.mark.timeout(LAUNCH_S + 60)
 @pytest.mark.parametrize(
     ("grid", "name"),
     [
