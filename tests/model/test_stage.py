@@ -148,6 +148,7 @@ def test_stages_balance_parameters_unless_told_otherwise(tmp_path):
     ("settings", "words"),
     [
         ({"pipeline_parallel": 2, "stage_layers": [1, 1]}, "stage_layers 1,1 are 2 layers.* has 3"),
+        ({"stage_layers": [2]}, "stage_layers 2 are 2 layers.* has 3"),
         ({"pipeline_parallel": 4}, "pipeline_parallel is 4.* 3 layers"),
         ({"pipeline_parallel": 4, "stage_layers": [1, 1, 1, 1]}, "stage_layers 1,1,1,1 are 4 layers"),
     ],
@@ -183,6 +184,23 @@ def test_a_model_whose_layers_read_more_than_one_hidden_state_is_refused(tmp_pat
     for rank in range(2):
         with pytest.raises(UnsupportedModelError, match="pipeline_parallel=1"):
             load(Settings(model=folder, pipeline_parallel=2), Grid(Place(rank, 1, 2)))
+
+
+def test_a_model_whose_layers_read_the_embeddings_besides_is_refused(tmp_path, monkeypatch):
+    """Later stages have none: what stands for them is not a number, which then shows."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    right = LlamaRotaryEmbedding.forward
+
+    def reads_embeddings(self, x, position_ids):
+        cos, sin = right(self, x, position_ids)
+        return cos + 0.1 * x.mean(-1, keepdim=True), sin
+
+    settings = Settings(model=save(build("llama"), tmp_path), pipeline_parallel=2)
+    monkeypatch.setattr(LlamaRotaryEmbedding, "forward", reads_embeddings)
+    load(settings, Grid(Place(0, 1, 2)))
+    with pytest.raises(UnsupportedModelError, match="read the token embeddings"):
+        load(settings, Grid(Place(1, 1, 2)))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
