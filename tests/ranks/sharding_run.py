@@ -1,0 +1,130 @@
+"""Started on every rank: cuts each case's model into tensor shards, compares logits with the whole model's.
+
+    sharding_run.py CASE...
+
+Rank 0 prints a JSON line a case: {"case", "difference" (the largest of any logit), "argmax" (whether all are
+the same), "whole" (the model's parameters), "uncut" (those that each shard may have in full), "shards" (the
+parameters of each), "left_behind" (whether DeepSpeed's class is changed afterwards), "error"}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import traceback
+
+import torch
+import torch.distributed
+from deepspeed.inference.config import DeepSpeedInferenceConfig
+from sharding_cases import CASES, Case
+from tiny_models import VOCAB, build
+
+from ds_serve.attention.backends import select_backend
+from ds_serve.attention.context import AttentionBatch, use_batch
+from ds_serve.attention.interface import install, probe_layers
+from ds_serve.attention.layout import KVLayout
+from ds_serve.model.sharding import shard
+from ds_serve.parallel.grid import Grid, meet
+
+NUM_TOKENS = 21
+
+
+def logits(model, ids: torch.Tensor) -> torch.Tensor:
+    """[T, V] by the attention that model has."""
+    with torch.inference_mode():
+        return model(input_ids=ids, use_cache=False).logits[0].float()
+
+
+def paged_logits(model, ids: torch.Tensor) -> torch.Tensor:
+    """[T, V] by ds_paged, all tokens in one chunk."""
+    backend = select_backend(torch.device("cpu"), torch.float32, 16, "reference")
+    install(model, backend)
+    layout = KVLayout(tuple(probe_layers(model)), 16, torch.float32)
+    count = ids.shape[1]
+    blocks = -(-count // 16)
+    batch = AttentionBatch(
+        slab=layout.allocate(blocks, "cpu"),
+        layout=layout,
+        slot_mapping=torch.arange(count),
+        query_start=torch.tensor([0, count], dtype=torch.int32),
+        context_len=torch.tensor([count], dtype=torch.int32),
+        block_tables=torch.arange(blocks, dtype=torch.int32)[None],
+        positions=torch.arange(count),
+        max_query_len=count,
+        num_tokens=count,
+    )
+    with use_batch(batch), torch.inference_mode():
+        out = model(input_ids=ids, position_ids=torch.arange(count)[None], use_cache=False)
+    return out.logits[0].float()
+
+
+def parameters(model) -> int:
+    """Elements of all parameters; a view of another counts once."""
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    return sum(storages.values()) // 4
+
+
+def uncut(model) -> int:
+    """Elements that belong to every shard: all outside the decoder layers and the head, vectors, routers."""
+    head = model.get_output_embeddings().weight
+    tied = head is model.get_input_embeddings().weight
+    matrix = re.compile(r".*\.(layers|h)\.\d+\.(?!.*(_a_proj|kv_a|altup|laurel|per_layer)).*")
+    router = re.compile(
+        r".*(router\.\w+|router\.layer\.\w+|\.gate\.weight|shared_expert_gate\.weight|down_proj_bias)"
+    )
+    kv = re.compile(r".*(k_proj|v_proj|qkv_proj|c_attn)\.weight") if copies_kv(model) else re.compile("$")
+    return sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if (p is not head or tied)
+        and not (p.dim() > 1 and matrix.match(name) and not router.fullmatch(name) and not kv.fullmatch(name))
+    )
+
+
+def copies_kv(model) -> bool:
+    config = model.config
+    return 1 in (getattr(config, "num_key_value_heads", None), int(getattr(config, "multi_query", False)))
+
+
+def run(case: Case, grid: Grid) -> dict:
+    model = build(case.architecture, **case.overrides)
+    ids = torch.randint(0, VOCAB, (1, NUM_TOKENS), generator=torch.Generator().manual_seed(1))
+    wanted, whole, in_full = logits(model, ids), parameters(model), uncut(model)
+    model = shard(model, grid)
+    if case.spoil:
+        case.spoil(model, grid)
+    own = parameters(model)
+    found = [logits(model, ids), paged_logits(model, ids)]
+    shards: list = [None] * grid.place.world_size
+    torch.distributed.all_gather_object(shards, own)
+    return {
+        "difference": max((each - wanted).abs().max().item() for each in found),
+        "argmax": all(torch.equal(each.argmax(-1), wanted.argmax(-1)) for each in found),
+        "whole": whole,
+        "uncut": in_full,
+        "shards": shards,
+        "left_behind": hasattr(DeepSpeedInferenceConfig, "get_partition_config_object"),
+    }
+
+
+def main() -> None:
+    meet()
+    grid = Grid.make(int(os.environ["WORLD_SIZE"]), 1)
+    for name in sys.argv[1:]:
+        try:
+            record = run(CASES[name], grid)
+        except Exception:
+            record = {"error": traceback.format_exc()}
+        errors: list = [None] * grid.place.world_size
+        torch.distributed.all_gather_object(errors, record.get("error"))
+        record["error"] = next(filter(None, errors), None)
+        if grid.place.rank == 0:
+            print(json.dumps({"case": name} | record), flush=True)
+        if any(errors) and not all(errors):  # the ranks are no longer in step
+            break
+    grid.close()
+
+
+main()
