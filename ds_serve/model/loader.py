@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
 import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import deepspeed
 import torch
 import transformers
 from deepspeed.accelerator import get_accelerator
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ds_serve.attention.backends import Backend, select_backend
@@ -30,6 +27,7 @@ from ds_serve.model.errors import ModelLoadError
 from ds_serve.model.injection import InjectionReport, inject
 from ds_serve.model.parity import plain_output, verify_paged
 from ds_serve.model.rope import settle_rope
+from ds_serve.model.sharding import shard
 from ds_serve.model.stage import Parts, Stage, cut_points, drop_tied_embedding, stage_class
 from ds_serve.parallel.grid import Grid
 from ds_serve.parallel.place import Place
@@ -59,6 +57,9 @@ def load(settings: Settings, grid: Grid | None = None) -> LoadedModel:
     UnsupportedModelError for a model that paged attention or a pipeline cannot serve.
     """
     grid = grid or Grid(Place())
+    wanted = (settings.tensor_parallel, settings.pipeline_parallel)
+    if (grid.place.tp, grid.place.pp) != wanted:
+        raise ValueError(f"settings ask for tp x pp of {wanted}, the grid is {grid.place.tp, grid.place.pp}")
     config = _read_config(settings)
     device = _device(settings)
     stage = _read_stage(settings, config, grid)
@@ -109,15 +110,15 @@ def _read_config(settings: Settings) -> PreTrainedConfig:
 def _read_stage(settings: Settings, config: PreTrainedConfig, grid: Grid) -> Stage:
     place = grid.place
     if place.pp == 1:
+        num_layers = config.get_text_config(decoder=True).num_hidden_layers
+        (layers,) = cut_points([1] * num_layers, 1, settings.stage_layers)
         module = _read_weights(settings, config, AutoModelForCausalLM)
-        layers = range(config.get_text_config(decoder=True).num_hidden_layers)
     else:
         whole = _skeleton(settings, config)
-        cuts = cut_points(Parts(whole).weights(whole), place.pp, settings.stage_layers)
-        layers = cuts[place.stage]
+        layers = cut_points(Parts(whole).weights(whole), place.pp, settings.stage_layers)[place.stage]
         module = _read_weights(settings, whole.config, stage_class(type(whole), place, layers))
         drop_tied_embedding(module, place)
-    return Stage(_shard(module, grid), place, layers)
+    return Stage(shard(module, grid), place, layers)
 
 
 def _skeleton(settings: Settings, config: PreTrainedConfig) -> PreTrainedModel:
@@ -127,7 +128,7 @@ def _skeleton(settings: Settings, config: PreTrainedConfig) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(
                 copy.deepcopy(config), trust_remote_code=settings.trust_remote_code
             )
-    except ValueError as error:
+    except (ValueError, OSError, KeyError) as error:
         raise ModelLoadError(f"{settings.model}: {error}") from error
 
 
@@ -164,15 +165,6 @@ def _kv_layout(stage: Stage, block_size: int, device: torch.device) -> KVLayout:
         stage.module, lambda: stage(positions[None], positions, positions, hidden), stage.layers
     )
     return KVLayout(tuple(shapes), block_size, stage.dtype, stage.first_layer)
-
-
-def _shard(module: nn.Module, grid: Grid) -> nn.Module:
-    """This rank's part of module, by DeepSpeed. One rank: all of it, on the accelerator's device."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        engine = deepspeed.init_inference(
-            module, tensor_parallel={"tp_size": 1}, dtype=module.dtype, replace_with_kernel_inject=False
-        )
-    return engine.module
 
 
 def _device(settings: Settings) -> torch.device:
