@@ -47,7 +47,7 @@ def _bias(*linears: nn.Linear) -> torch.Tensor | None:
     if all(linear.bias is None for linear in linears):
         return None
     parts = [
-        linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
+        linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias
         for linear in linears
     ]
     return torch.cat([part.detach() for part in parts])
@@ -163,13 +163,13 @@ class FusedDecoderLayer(nn.Module):
                 for name in ("q_norm", "k_norm")
             ),
         )
-        self._heads = (q.out_features // d, k.out_features // d, d)
-        self._out = (self._keep("o", pack(o.weight)), o.out_features)
+        self._heads = (len(q.weight) // d, len(k.weight) // d, d)
+        self._out = (self._keep("o", pack(o.weight)), len(o.weight))
         self._out_bias = self._keep("o_bias", o.bias)
 
     def _take_mlp(self, ffn: nn.Module, norm: nn.Module) -> None:
         gate, up, down = ffn.gate_proj, ffn.up_proj, ffn.down_proj
-        bias = _bias(gate, up)
+        bias, inner = _bias(gate, up), down.weight.shape[1]
         if bias is not None:
             bias = interleave(*bias.chunk(2))
         self._mlp = (
@@ -177,10 +177,10 @@ class FusedDecoderLayer(nn.Module):
             norm.variance_epsilon,
             self._keep("gate_up", pack(interleave(gate.weight.detach(), up.weight.detach()))),
             self._keep("gate_up_bias", bias),
-            self._keep("down", pack(nn.functional.pad(down.weight.detach(), (0, -down.in_features % 16)))),
+            self._keep("down", pack(nn.functional.pad(down.weight.detach(), (0, -inner % 16)))),
         )
         self._down_bias = self._keep("down_bias", down.bias)
-        self._inner = down.in_features + -down.in_features % 16
+        self._inner = inner + -inner % 16
 
     def forward(
         self,
@@ -222,6 +222,8 @@ class FusedDecoderLayer(nn.Module):
 
     def _sharded(self, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The layer's second part on one of several shards: biases and residuals once, after the sum."""
+        if not len(attended):  # no token is sampled, and the other shards send nothing either
+            return x
         for project, bias in ((self._attention_part, self._out_bias), (self._mlp_part, self._down_bias)):
             part = project(attended, x)
             self.reduce(part)

@@ -1,14 +1,16 @@
 """Kernel injection on CPU: swaps known bf16 modules for fused ones with packed weights, each checked first.
 
 inject() is called by the loader after deepspeed.init_inference and after attention's install(). It knows
-Llama, Mistral, Qwen2 and Qwen3 as transformers writes them; a module that differs in any way (class,
-activation, sizes, hooks, dtype, a sharded or quantized linear) stays as it is, and the report says why.
+Llama, Mistral, Qwen2 and Qwen3 as transformers writes them, whole or cut by DeepSpeed into tensor shards; a
+module that differs in any way (class, activation, sizes, hooks, dtype, a quantized linear) stays as it is,
+and the report says why. Shards run it together and agree on each layer, since its sums are everyone's.
 Each replacement is compared with its original on random input before the original is dropped, one
 module at a time, so that memory grows by one module at most. The ops themselves are fused_cpu.py's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -25,7 +28,10 @@ from ds_serve.attention.context import AttentionBatch, use_batch
 from ds_serve.attention.interface import NAME, paged_attention
 from ds_serve.attention.layout import KVLayout, LayerKV
 from ds_serve.model.fused_cpu import FusedDecoderLayer, FusedRMSNorm, LayerList, PackedEmbedding, PackedLinear
+from ds_serve.model.sharding import ShardedHead
 from ds_serve.model.stage import Elsewhere
+
+Reduce = Callable[[torch.Tensor], torch.Tensor]  # sums over the tensor shards, in place
 
 # transformers.models.<family>.modeling_<family>.<Prefix>DecoderLayer and so on
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
@@ -64,20 +70,27 @@ class InjectionReport:
 
 
 @torch.no_grad()
-def inject(model: nn.Module, backend: Backend, mode: Literal["auto", "off"] = "auto") -> InjectionReport:
+def inject(
+    model: nn.Module,
+    backend: Backend,
+    mode: Literal["auto", "off"] = "auto",
+    reduce: Reduce | None = None,
+) -> InjectionReport:
     """Replaces in place what modules of model (or of the DeepSpeed engine around it) it can.
 
-    Attention must be installed already, with the same backend. ValueError for another mode; a module
-    whose replacement computes something else is kept, with a RuntimeWarning.
+    Attention must be installed already, with the same backend. reduce sums over the tensor shards in place;
+    None: model is whole. ValueError for another mode; a module whose replacement computes something else is
+    kept, with a RuntimeWarning.
     """
     if mode not in ("auto", "off"):
         raise ValueError(f"mode: must be 'auto' or 'off', got {mode!r}")
     model = getattr(model, "module", model)
     report = InjectionReport()
-    sites = list(_sites(model, backend))
+    sites = list(_sites(model, backend, reduce))
     reason = "mode is off" if mode == "off" else _unavailable(model)
     if reason is None and not sites:
         reason = f"{type(model).__name__} is of no known family"
+    reason = _agreed(reason, reduce)
     if reason is not None:
         report.keep(reason, len(sites) or sum(1 for _ in _decoder_layers(model)))
         return report
@@ -95,6 +108,7 @@ def inject(model: nn.Module, backend: Backend, mode: Literal["auto", "off"] = "a
 def _shorten_loop(model: nn.Module) -> None:
     """Links neighbours, and spares the model's own loop over the layers what they do not need."""
     base, head = model.base_model, model.get_output_embeddings()
+    head = head.linear if isinstance(head, ShardedHead) else head
     for layer, following in zip(base.layers, [*base.layers, head][1:], strict=True):
         if isinstance(layer, FusedDecoderLayer) and isinstance(following, FusedDecoderLayer | PackedLinear):
             layer.precede(following)
@@ -135,13 +149,13 @@ def _decoder_layers(model: nn.Module) -> Iterator[tuple[nn.ModuleList, int]]:
                 yield layers, index
 
 
-def _sites(model: nn.Module, backend: Backend) -> Iterator[Callable[[], float]]:
+def _sites(model: nn.Module, backend: Backend, reduce: Reduce | None) -> Iterator[Callable[[], float]]:
     """One call for each module of a known model that may be replaced: its error, or raises _Mismatch."""
     family = _family(model)
     if family is None:
         return
     for layers, index in _decoder_layers(model):
-        yield lambda layers=layers, index=index: _swap_layer(model, family, layers, index, backend)
+        yield lambda layers=layers, index=index: _swap_layer(model, family, layers, index, backend, reduce)
     if not isinstance(getattr(model.base_model, "norm", None), Elsewhere | None):
         yield lambda: _swap_norm(model, family)
     if not isinstance(model.get_output_embeddings(), Elsewhere | None):
@@ -152,15 +166,21 @@ def _sites(model: nn.Module, backend: Backend) -> Iterator[Callable[[], float]]:
 
 
 def _swap_layer(
-    model: nn.Module, family: tuple[str, str], layers: nn.ModuleList, index: int, backend: Backend
+    model: nn.Module,
+    family: tuple[str, str],
+    layers: nn.ModuleList,
+    index: int,
+    backend: Backend,
+    reduce: Reduce | None,
 ) -> float:
     layer = layers[index]
-    _check_layer(layer, family)
+    with _together(reduce):
+        _check_layer(layer, family, sharded=reduce is not None)
     attention = layer.self_attn
     window = getattr(attention, "sliding_window", None)
     if family[1] == "Mistral":
         window = getattr(attention.config, "sliding_window", None)
-    fused = FusedDecoderLayer(layer, backend, window).eval()
+    fused = FusedDecoderLayer(layer, backend, window, reduce).eval()
     x, positions, batch = _probe_input(attention, model.config.hidden_size)
     rotary = model.base_model.rotary_emb(x, positions)
     run = {
@@ -171,7 +191,8 @@ def _swap_layer(
     }
     with use_batch(batch):
         wanted, got = layer(x, **run), fused(x, **run)
-    error = _accept(f"{type(layer).__name__} {attention.layer_idx}", got - x, wanted - x)
+    with _together(reduce):
+        error = _accept(f"{type(layer).__name__} {attention.layer_idx}", got - x, wanted - x)
     layers[index] = fused
     return error
 
@@ -189,7 +210,9 @@ def _swap_norm(model: nn.Module, family: tuple[str, str]) -> float:
 def _swap_head(model: nn.Module) -> float:
     """The head, and an embedding tied to it, which then reads the head's packed rows: no second copy."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    _check_linear(head)
+    if isinstance(head, ShardedHead):  # a tied embedding stays as it is: all rows are needed there
+        head.linear, error = _packed(head.linear)
+        return error
     tied = getattr(embedding, "weight", None) is head.weight
     if tied and type(embedding) is not nn.Embedding:
         raise _Mismatch(f"head tied to {type(embedding).__name__}")
@@ -197,9 +220,7 @@ def _swap_head(model: nn.Module) -> float:
         raise _Mismatch("embedding with max_norm")
     if tied:
         _check_hooks(embedding)
-    packed = PackedLinear(head)
-    x = _random(17, head.in_features)
-    error = _accept("head", packed(x), head(x))
+    packed, error = _packed(head)
     if tied:
         fused = PackedEmbedding(packed)
         ids = torch.linspace(0, head.out_features - 1, 67).long()
@@ -209,10 +230,40 @@ def _swap_head(model: nn.Module) -> float:
     return error
 
 
+def _packed(head: nn.Module) -> tuple[PackedLinear, float]:
+    _check_linear(head)
+    packed = PackedLinear(head)
+    x = _random(17, head.in_features)
+    return packed, _accept("head", packed(x), head(x))
+
+
+# ---- what all shards do, all do ----
+
+
+def _agreed(reason: str | None, reduce: Reduce | None) -> str | None:
+    """This shard's reason to leave a module alone, or another shard's, so that all take the same way."""
+    if reduce is not None and reduce(torch.tensor([float(reason is not None)])).item():
+        return reason or "another tensor shard keeps it"
+    return reason
+
+
+@contextlib.contextmanager
+def _together(reduce: Reduce | None) -> Iterator[None]:
+    """A _Mismatch that one shard raises inside is raised by all of them."""
+    reason = None
+    try:
+        yield
+    except _Mismatch as mismatch:
+        reason = str(mismatch)
+    reason = _agreed(reason, reduce)
+    if reason is not None:
+        raise _Mismatch(reason)
+
+
 # ---- is it exactly what the fused module replaces? ----
 
 
-def _check_layer(layer: nn.Module, family: tuple[str, str]) -> None:
+def _check_layer(layer: nn.Module, family: tuple[str, str], sharded: bool) -> None:
     path, prefix = family
     _check_class(layer, path, f"{prefix}DecoderLayer")
     _check_class(layer.self_attn, path, f"{prefix}Attention")
@@ -225,7 +276,10 @@ def _check_layer(layer: nn.Module, family: tuple[str, str]) -> None:
         if name and name not in known and any(True for _ in module.parameters()):
             raise _Mismatch(f"unknown submodule {name}")
         if isinstance(module, nn.Linear) or name.endswith("_proj"):
-            _check_linear(module)
+            wanted = nn.Linear
+            if sharded:
+                wanted = LinearAllreduce if name.endswith(("o_proj", "down_proj")) else LinearLayer
+            _check_linear(module, wanted)
         elif name.endswith("norm"):
             _check_norm(module, family)
     if layer.training:
@@ -237,19 +291,20 @@ def _check_layer(layer: nn.Module, family: tuple[str, str]) -> None:
 def _check_attention(attention: nn.Module) -> None:
     if attention.config._attn_implementation != NAME:
         raise _Mismatch(f"attention is {attention.config._attn_implementation!r}, not {NAME!r}")
-    d, q, k, v, o = (getattr(attention, n) for n in ("head_dim", "q_proj", "k_proj", "v_proj", "o_proj"))
-    if d % 32 or q.in_features % 2:
-        raise _Mismatch(f"head_dim {d} is not a multiple of 32 or hidden size {q.in_features} is odd")
-    heads, kv_heads = q.out_features // d, k.out_features // d
-    whole = q.out_features == heads * d == o.in_features and k.out_features == kv_heads * d == v.out_features
+    d, hidden = attention.head_dim, attention.q_proj.weight.shape[1]
+    q, k, v = (len(getattr(attention, n).weight) for n in ("q_proj", "k_proj", "v_proj"))
+    if d % 32 or hidden % 2:
+        raise _Mismatch(f"head_dim {d} is not a multiple of 32 or hidden size {hidden} is odd")
+    heads, kv_heads = q // d, k // d
+    whole = q == heads * d == attention.o_proj.weight.shape[1] and k == kv_heads * d == v
     if not whole or kv_heads == 0 or heads % kv_heads:
-        raise _Mismatch(f"attention of {q.out_features} q, {k.out_features} k and {v.out_features} v columns")
+        raise _Mismatch(f"attention of {q} q, {k} k and {v} v columns")
 
 
 def _check_mlp(mlp: nn.Module) -> None:
     if type(mlp.act_fn).__name__ not in ("SiLUActivation", "SiLU"):
         raise _Mismatch(f"activation {type(mlp.act_fn).__name__}")
-    inner, gate, up = mlp.down_proj.in_features, mlp.gate_proj.out_features, mlp.up_proj.out_features
+    inner, gate, up = mlp.down_proj.weight.shape[1], len(mlp.gate_proj.weight), len(mlp.up_proj.weight)
     if not inner == gate == up:
         raise _Mismatch(f"MLP of {gate} gate, {up} up and {inner} down columns")
 
@@ -260,8 +315,8 @@ def _check_class(module: nn.Module, path: str, name: str) -> None:
         raise _Mismatch(f"unknown class {found.__name__}")
 
 
-def _check_linear(module: nn.Module) -> None:
-    if type(module) is not nn.Linear:
+def _check_linear(module: nn.Module, wanted: type[nn.Module] = nn.Linear) -> None:
+    if type(module) is not wanted or getattr(module, "gather_output", False):
         raise _Mismatch(f"linear of class {type(module).__name__}")
     _check_hooks(module)
     _check_tensors(module)
@@ -295,7 +350,8 @@ def _random(*shape: int) -> torch.Tensor:
 
 def _probe_input(attention: nn.Module, hidden: int) -> tuple[torch.Tensor, torch.Tensor, AttentionBatch]:
     """Hidden states [1, T, hidden], positions [1, T] and a batch of two fresh sequences, a block each."""
-    kv = LayerKV(attention.k_proj.out_features // attention.head_dim, attention.head_dim, attention.head_dim)
+    kv_heads = len(attention.k_proj.weight) // attention.head_dim
+    kv = LayerKV(kv_heads, attention.head_dim, attention.head_dim)
     layout = KVLayout((kv,), first_layer=attention.layer_idx)
     slots = torch.cat([torch.arange(n) + i * layout.block_size for i, n in enumerate(_PROBE_LENGTHS)])
     positions = slots % layout.block_size

@@ -195,18 +195,21 @@ class ShardedHead(nn.Module):
 
     def __init__(self, head: nn.Linear, grid: Grid, keep: bool = False) -> None:
         super().__init__()
-        self.in_features, self.out_features = head.in_features, head.out_features
-        self.grid, self.rows = grid, -(-head.out_features // grid.place.tp)  # the last shard may have fewer
-        self.weight = self._own(head.weight, keep)
-        self.bias = None if head.bias is None else self._own(head.bias, keep=False)
+        self.vocabulary, self.grid = head.out_features, grid
+        self.rows = -(-head.out_features // grid.place.tp)  # the last shard may have fewer
 
-    def _own(self, tensor: torch.Tensor, keep: bool) -> nn.Parameter:
-        part = tensor.detach()[self.grid.place.shard * self.rows :][: self.rows]
-        return nn.Parameter(part if keep else part.clone(), requires_grad=False)
+        def own(tensor: torch.Tensor, keep: bool) -> nn.Parameter:
+            part = tensor.detach()[grid.place.shard * self.rows :][: self.rows]
+            return nn.Parameter(part if keep else part.clone(), requires_grad=False)
+
+        weight = own(head.weight, keep)
+        self.linear = nn.Linear(head.in_features, len(weight), head.bias is not None, device="meta")
+        self.linear.weight = weight
+        if head.bias is not None:
+            self.linear.bias = own(head.bias, keep=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        logits = F.linear(x, self.weight, self.bias)
-        return gather_logits(logits, self.rows, self.out_features, self.grid)
+        return gather_logits(self.linear(x), self.rows, self.vocabulary, self.grid)
 
 
 def gather_logits(logits: torch.Tensor, rows: int, vocabulary: int, grid: Grid) -> torch.Tensor:

@@ -31,6 +31,12 @@ def _keep_bias(model: nn.Module, grid) -> None:
     experts.down_proj_bias.data = torch.ones_like(experts.down_proj_bias)
 
 
+def _hook_one_shard(model: nn.Module, grid) -> None:
+    """One shard's layer cannot be replaced, so no shard's is."""
+    if grid.place.shard == 1:
+        model.model.layers[1].register_forward_hook(lambda *_: None)
+
+
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 MLA = {
     "num_key_value_heads": 8, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
@@ -102,6 +108,25 @@ CASES = {
     "starcoder2": Case("starcoder2", {"sliding_window": 8}),
     "spoiled-order": Case("llama", spoil=_swap_rows),
     "spoiled-bias": Case("gpt_oss", spoil=_keep_bias),
+}
+# bf16 models whose shards are injected after the cut.
+WIDE = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+FUSED = {
+    "fused-llama": Case("llama", WIDE),
+    "fused-tied-biases": Case(
+        "llama",
+        WIDE | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "vocab_size": 161},
+    ),
+    "fused-odd": Case(
+        "llama",
+        WIDE
+        | {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 192, "intermediate_size": 97},
+    ),
+    "fused-qwen2": Case("qwen2", WIDE),
+    "fused-qwen3": Case("qwen3", WIDE | {"head_dim": 64}),
+    "fused-mistral": Case("mistral", WIDE | {"sliding_window": 8}),
+    "fused-1kv": Case("llama", WIDE | {"num_key_value_heads": 1}),
+    "fused-with-hook": Case("llama", WIDE, spoil=_hook_one_shard),
 }
 IN_FOUR = [
     "llama", "llama-tied", "llama-biases", "llama-1kv", "qwen3", "gemma2", "gpt2", "phi3", "olmo2", "mixtral",

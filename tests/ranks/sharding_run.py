@@ -4,7 +4,8 @@
 
 Rank 0 prints a JSON line a case: {"case", "difference" (the largest of any logit), "argmax" (whether all are
 the same), "whole" (the model's parameters), "uncut" (those that each shard may have in full), "shards" (the
-parameters of each), "left_behind" (whether DeepSpeed's class is changed afterwards), "error"}.
+parameters of each), "left_behind" (whether DeepSpeed's class is changed afterwards), "error"}. Cases of FUSED
+have other fields: see run_fused.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ import traceback
 import torch
 import torch.distributed
 from deepspeed.inference.config import DeepSpeedInferenceConfig
-from sharding_cases import CASES, Case
+from sharding_cases import CASES, FUSED, Case
 from tiny_models import VOCAB, build
 
-from ds_serve.attention.backends import select_backend
+from ds_serve.attention.backends import Backend, select_backend
+from ds_serve.attention.builder import load_ops
 from ds_serve.attention.context import AttentionBatch, use_batch
 from ds_serve.attention.interface import install, probe_layers
 from ds_serve.attention.layout import KVLayout
+from ds_serve.model.injection import inject
 from ds_serve.model.sharding import shard
 from ds_serve.parallel.grid import Grid, meet
 
@@ -37,11 +40,17 @@ def logits(model, ids: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids, use_cache=False).logits[0].float()
 
 
-def paged_logits(model, ids: torch.Tensor) -> torch.Tensor:
-    """[T, V] by ds_paged, all tokens in one chunk."""
-    backend = select_backend(torch.device("cpu"), torch.float32, 16, "reference")
+def paged(model) -> Backend:
+    """model's attention is ds_paged from now on."""
+    name = "reference" if model.dtype == torch.float32 else "auto"
+    backend = select_backend(torch.device("cpu"), model.dtype, 16, name)
     install(model, backend)
-    layout = KVLayout(tuple(probe_layers(model)), 16, torch.float32)
+    return backend
+
+
+def paged_logits(model, ids: torch.Tensor, sampled: torch.Tensor | None = None) -> torch.Tensor:
+    """[T, V] of all tokens in one chunk, or [S, V] of the sampled ones."""
+    layout = KVLayout(tuple(probe_layers(model)), 16, model.dtype)
     count = ids.shape[1]
     blocks = -(-count // 16)
     batch = AttentionBatch(
@@ -54,9 +63,11 @@ def paged_logits(model, ids: torch.Tensor) -> torch.Tensor:
         positions=torch.arange(count),
         max_query_len=count,
         num_tokens=count,
+        sampled=sampled,
     )
+    keep = 0 if sampled is None else sampled
     with use_batch(batch), torch.inference_mode():
-        out = model(input_ids=ids, position_ids=torch.arange(count)[None], use_cache=False)
+        out = model(input_ids=ids, position_ids=batch.positions[None], use_cache=False, logits_to_keep=keep)
     return out.logits[0].float()
 
 
@@ -88,23 +99,54 @@ def copies_kv(model) -> bool:
     return 1 in (getattr(config, "num_key_value_heads", None), int(getattr(config, "multi_query", False)))
 
 
+def probe() -> torch.Tensor:
+    return torch.randint(0, VOCAB, (1, NUM_TOKENS), generator=torch.Generator().manual_seed(1))
+
+
+def of_all(value, grid: Grid) -> list:
+    """value of each rank."""
+    values: list = [None] * grid.place.world_size
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def run_fused(case: Case, grid: Grid) -> dict:
+    """The shard's logits in bf16 before and after injection."""
+    model, ids = shard(build(case.architecture, torch.bfloat16, **case.overrides), grid), probe()
+    backend = paged(model)
+    wanted = paged_logits(model, ids)
+    if case.spoil:
+        case.spoil(model, grid)
+    report = inject(model, backend, "auto", grid.all_reduce)
+    found, some = paged_logits(model, ids), torch.tensor([4, NUM_TOKENS - 1])
+    of_some, of_none = paged_logits(model, ids, some), paged_logits(model, ids, some[:0])
+    return {
+        "available": load_ops() is not None and bool(torch.ops.ds_serve.has_avx512_bf16()),
+        "injected": of_all(report.injected, grid),
+        "kinds": of_all([type(layer).__name__ for layer in model.model.layers], grid),
+        "reasons": of_all(report.reasons, grid),
+        "difference": ((found - wanted).norm() / wanted.norm()).item(),
+        "difference_of_some": ((of_some - found[some]).norm() / found[some].norm()).item(),
+        "of_none": list(of_none.shape),
+    }
+
+
 def run(case: Case, grid: Grid) -> dict:
-    model = build(case.architecture, **case.overrides)
-    ids = torch.randint(0, VOCAB, (1, NUM_TOKENS), generator=torch.Generator().manual_seed(1))
+    model, ids = build(case.architecture, **case.overrides), probe()
     wanted, whole, in_full = logits(model, ids), parameters(model), uncut(model)
     model = shard(model, grid)
     if case.spoil:
         case.spoil(model, grid)
     own = parameters(model)
-    found = [logits(model, ids), paged_logits(model, ids)]
-    shards: list = [None] * grid.place.world_size
-    torch.distributed.all_gather_object(shards, own)
+    found = [logits(model, ids)]
+    paged(model)
+    found.append(paged_logits(model, ids))
     return {
         "difference": max((each - wanted).abs().max().item() for each in found),
         "argmax": all(torch.equal(each.argmax(-1), wanted.argmax(-1)) for each in found),
         "whole": whole,
         "uncut": in_full,
-        "shards": shards,
+        "shards": of_all(own, grid),
         "left_behind": hasattr(DeepSpeedInferenceConfig, "get_partition_config_object"),
     }
 
@@ -114,11 +156,10 @@ def main() -> None:
     grid = Grid.make(int(os.environ["WORLD_SIZE"]), 1)
     for name in sys.argv[1:]:
         try:
-            record = run(CASES[name], grid)
+            record = run_fused(FUSED[name], grid) if name in FUSED else run(CASES[name], grid)
         except Exception:
             record = {"error": traceback.format_exc()}
-        errors: list = [None] * grid.place.world_size
-        torch.distributed.all_gather_object(errors, record.get("error"))
+        errors = of_all(record.get("error"), grid)
         record["error"] = next(filter(None, errors), None)
         if grid.place.rank == 0:
             print(json.dumps({"case": name} | record), flush=True)

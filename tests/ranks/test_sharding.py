@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from launch import run_ranks
-from sharding_cases import CASES, GEMMA3N, IN_FOUR
+from sharding_cases import CASES, FUSED, GEMMA3N, IN_FOUR
 from tiny_models import build
 from torch import nn
 
@@ -29,7 +29,7 @@ MAX_DIFFERENCE = 1e-4  # of logits of about 10
 @functools.cache
 def results(ranks: int) -> dict[str, dict]:
     """The records of all cases: one run of the ranks for all tests."""
-    names = list(CASES) if ranks == 2 else IN_FOUR
+    names = [*CASES, *FUSED] if ranks == 2 else IN_FOUR
     lines = [line for line in run_ranks(SCRIPT, ranks, *names, timeout=280) if line.startswith("{")]
     return {record["case"]: record for record in map(json.loads, lines)}
 
@@ -50,6 +50,26 @@ def test_logits_and_parameters(name, ranks):
     assert same == (CASES[name].spoil is None), record["difference"]
     assert sum(record["shards"]) <= record["whole"] + (ranks - 1) * record["uncut"]
     assert not record["left_behind"]
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_shards_give_the_logits_of_plain_ones(name):
+    record = record_of(name, 2)
+    if not record["available"]:
+        pytest.skip("the fused layers need AVX512-BF16")
+    others = 1 if FUSED[name].spoil else 0
+    assert record["injected"] == [5 - others] * 2, record["reasons"]  # three layers, the last norm, the head
+    assert record["reasons"] == [{}, {}] or record["reasons"] == [
+        {"another tensor shard keeps it": 1}, {"LlamaDecoderLayer has hooks": 1},
+    ]  # fmt: skip
+    kinds = ["FusedDecoderLayer"] * 3
+    if others:
+        kinds[1] = "LlamaDecoderLayer"
+    assert record["kinds"] == [kinds] * 2
+    # bf16 logits of three layers; where there are biases, DeepSpeed rounds before it adds them
+    assert record["difference"] < 0.03
+    assert record["difference_of_some"] < 1e-6
+    assert record["of_none"][0] == 0
 
 
 # -- refusals ----------------------------------------------------------------------------------
