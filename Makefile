@@ -32,7 +32,7 @@ unit: install
 lint: install
 	ruff check
 	ruff format --check
-	lint-imports
+	lint-imports --no-cache
 
 format: install
 	ruff check --fix
