@@ -171,7 +171,9 @@ class Follower:
 
     def _end(self, reason: str) -> NoReturn:
         """The worker's thread may be inside a collective that never returns: the process ends here."""
-        if self._address.folder:
-            shutil.rmtree(self._address.folder, ignore_errors=True)
-        os.write(2, f"ds-serve: {self.place}: {reason}; this process ends\n".encode())
-        os._exit(1)
+        try:
+            if self._address.folder:
+                shutil.rmtree(self._address.folder, ignore_errors=True)
+            os.write(2, f"ds-serve: {self.place}: {reason}; this process ends\n".encode())
+        finally:  # stderr may be a pipe that nobody reads any more
+            os._exit(1)

@@ -85,15 +85,21 @@ def follow(follower: Follower, journal: Path) -> int:
     except Exception as error:
         follower.fail(error)
         os._exit(1)
+    if "CONTROL_RANKS_LINGER" in os.environ:  # beyond the end of rank 0
+        time.sleep(1)
     follower.close()
     return 0
 
 
 def lead(controller: Controller) -> int:
-    """Rank 0 as a process: says when all are there, and waits to be killed."""
+    """Rank 0 as a process: says when all are there, and waits to be killed; after SIGINT it leaves."""
     controller.join(20)
-    print("joined", flush=True)
-    threading.Event().wait()
+    try:
+        print("joined", flush=True)
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        controller.send(Leave())
+        controller.close()
     return 0
 
 

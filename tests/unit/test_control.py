@@ -21,7 +21,7 @@ from control_ranks import FileStore
 
 from ds_serve.messages import Row, StepPlan, StepResult
 from ds_serve.parallel import control
-from ds_serve.parallel.control import Controller, RankFailure
+from ds_serve.parallel.control import Controller, Progress, RankFailure
 from ds_serve.parallel.place import Place
 from ds_serve.parallel.wire import KEY, Address, Build, Close, Gone, Leave, decode_down, encode
 
@@ -99,7 +99,9 @@ def ranks_in(folder: Path, tp: int = 2, pp: int = 2, timeout_s: float = 6.0):
             ranks.controller.close()
         for process in ranks.processes.values():
             process.kill()
-            process.communicate()
+            process.wait()
+            for pipe in filter(None, (process.stdout, process.stderr)):
+                pipe.close()
 
 
 @pytest.fixture
@@ -155,6 +157,7 @@ def test_busy_seconds_of_each_stage_come_with_heartbeats(start):
             break
         ranks.controller.check(wait_s=0.05)
     assert ranks.controller.stage_busy_s() == [7.0, 0.5]
+    ranks.controller.check(wait_s=2)  # the results that came in were counted: this is no stall
 
 
 # -- failures ----------------------------------------------------------------------------------------
@@ -231,10 +234,23 @@ def test_followers_end_when_rank_0_is_killed(tmp_path, monkeypatch):
     with ranks_in(tmp_path, tp=3, pp=1, timeout_s=60) as ranks:
         ranks.start(0, 1, 2)
         assert ranks.processes[0].stdout.readline() == "joined\n"
+        ranks.processes[2].stderr.close()  # as when its reader was killed too
         ranks.kill(0)
         assert ranks.exit_codes(1, 2) == [1, 1]
         assert "rank 1 (stage 0, tensor 1): rank 0's process died" in ranks.stderr(1)
         assert list(tmp_path.glob("ds-serve-*")) == []
+
+
+def test_a_follower_that_may_leave_outlives_rank_0(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(control.__file__).parents[2]))
+    monkeypatch.setenv("LOCAL_SIZE", "2")
+    monkeypatch.setenv("CONTROL_RANKS_LINGER", "1")
+    with ranks_in(tmp_path, tp=2, pp=1, timeout_s=60) as ranks:
+        ranks.start(0, 1)
+        assert ranks.processes[0].stdout.readline() == "joined\n"
+        ranks.kill(0, signal.SIGINT)
+        assert ranks.exit_codes(0, 1) == [0, 0]
+        assert ranks.stderr(1) == ""
 
 
 def test_followers_end_when_rank_0_is_silent(tmp_path, monkeypatch):
@@ -267,6 +283,8 @@ def test_who_does_not_join_is_named_and_the_folder_is_private(tmp_path, monkeypa
     monkeypatch.setenv("PYTHONPATH", str(Path(control.__file__).parents[2]))
     monkeypatch.setenv("LOCAL_SIZE", "3")
     with ranks_in(tmp_path, tp=1, pp=3) as ranks:
+        ranks.lead().close()
+        assert not Path(ranks.address.folder).exists()
         controller = ranks.lead()
         folder = Path(ranks.address.folder)
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -280,8 +298,19 @@ def test_who_does_not_join_is_named_and_the_folder_is_private(tmp_path, monkeypa
                 controller.join(0.1)
             said = str(raised.value)
         assert said == "rank 2 (stage 2, tensor 0) did not connect to rank 0 within 0.1 s"
-        controller.close()
-        assert not folder.exists()
+
+
+def test_a_rank_that_speaks_and_does_not_hear_has_not_joined(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_SIZE", "2")
+    with ranks_in(tmp_path, tp=2, pp=1) as ranks:
+        controller = ranks.lead()
+        with zmq.Context() as context, context.socket(zmq.PUSH) as words:
+            words.connect(ranks.address.words)
+            words.send(encode(Progress().beat(1, os.getpid(), "elsewhere")))
+            words.send(encode(StepResult(step=1)))
+            assert controller.results.get(timeout=SOON_S).step == 1
+            with pytest.raises(TimeoutError, match=r"^rank 1 \(stage 0, tensor 1\) did not connect"):
+                controller.join(0.3)
 
 
 def test_the_folder_is_gone_once_all_are_there(start):

@@ -159,6 +159,8 @@ def test_ranks_at_one_point_are_all_named():
 def test_a_rank_that_took_no_plan_is_named_where_none_computes():
     named = stalled((5, 3, "idle"), (5, 3, "idle"), (5, 0, "receive"), (4, 0, "idle"))
     assert named == ("rank 3 (stage 1, tensor 1)", "idle after step 4")
+    named = stalled((5, 3, "idle"), (5, 3, "idle"), (5, 0, "receive"), (5, 0, "receive"))
+    assert named == ("rank 0 (stage 0, tensor 0)", "idle after step 5")
 
 
 @pytest.mark.parametrize("what", ["result", "attention call", "close", "build", "loading"])
