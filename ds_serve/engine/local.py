@@ -22,6 +22,8 @@ from ds_serve.messages import (
     StatsQuery,
 )
 
+IDLE_WAIT_S = 1.0
+
 OnOutput = Callable[[Output], None]
 
 
@@ -30,7 +32,7 @@ class EngineDeadError(RuntimeError):
 
 
 class _QueueInbox:
-    """An inbox that any thread may put into."""
+    """An inbox that any thread may put into. It waits for IDLE_WAIT_S at most."""
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[FrontMessage | None] = queue.SimpleQueue()
@@ -40,7 +42,7 @@ class _QueueInbox:
         messages = []
         try:
             while True:
-                message = self._queue.get(block=wait and not messages)
+                message = self._queue.get(block=wait and not messages, timeout=IDLE_WAIT_S)
                 if message is None:
                     raise Closed
                 messages.append(message)

@@ -6,8 +6,11 @@ only by the two protocols below; knows no tensor, no socket and no text. Run by 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
+
+import msgspec
 
 from ds_serve.engine.scheduler import Scheduler
 from ds_serve.messages import (
@@ -16,6 +19,7 @@ from ds_serve.messages import (
     FrontMessage,
     Output,
     Request,
+    Stats,
     StatsQuery,
     StepPlan,
     StepResult,
@@ -30,6 +34,12 @@ class Ranks(Protocol):
 
     def collect(self) -> StepResult:
         """The oldest step's result; waits for it. Raises what the step raised."""
+
+    def check(self) -> None:
+        """Raises if a rank has failed; called while nothing is in flight, at least every second."""
+
+    def busy_s(self) -> list[float]:
+        """Seconds that each pipeline stage has computed, first stage first."""
 
     def close(self) -> None:
         """Let the ranks end. May be called twice."""
@@ -58,25 +68,40 @@ class EngineLoop:
         ranks: Ranks,
         inbox: Inbox,
         deliver: Callable[[list[EngineMessage]], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.scheduler = scheduler
         self._ranks = ranks
         self._inbox = inbox
         self._deliver = deliver
+        self._clock = clock
+        self._active_s = 0.0  # with a step in flight, until the last time that none was
+        self._active_since: float | None = None
 
     def run(self) -> None:
-        """Serve until the front closes. A step's failure ends every open request, then is raised on."""
+        """Serve until the front closes. A rank's failure ends every open request, then is raised on."""
+        failure = None
         try:
             while True:
                 self.turn()
         except Closed:
             pass
         except BaseException as error:
+            failure = error
             reason = f"the engine failed: {type(error).__name__}: {error}"
             self._deliver(self.scheduler.fail_all(reason))
             raise
         finally:
+            self._close_ranks(failure)
+
+    def _close_ranks(self, failure: BaseException | None) -> None:
+        """Ranks that failed may not close either: that goes with the failure as a note, not in its place."""
+        try:
             self._ranks.close()
+        except Exception as error:
+            if failure is None:
+                raise
+            failure.add_note(f"closing the ranks failed too: {type(error).__name__}: {error}")
 
     def turn(self) -> None:
         """Take in messages, plan what may be planned, and take in one result."""
@@ -85,10 +110,18 @@ class EngineLoop:
         messages = self._inbox.receive(wait=idle)
         if messages:
             self._answer(messages)
+        if idle:
+            self._ranks.check()
         while scheduler.can_plan and (plan := scheduler.schedule()) is not None:
+            if self._active_since is None:
+                self._active_since = self._clock()
             self._ranks.submit(plan)
         if scheduler.num_in_flight:
-            outputs = scheduler.update(self._ranks.collect())
+            result = self._ranks.collect()
+            if scheduler.num_in_flight == 1:
+                self._active_s = self._active()
+                self._active_since = None
+            outputs = scheduler.update(result)
             if outputs:
                 self._deliver(outputs)
         elif scheduler.num_open:
@@ -104,8 +137,18 @@ class EngineLoop:
                 case Abort():
                     answer = self.scheduler.abort(message.id)
                 case StatsQuery():
-                    answer = self.scheduler.stats()
+                    answer = self._stats()
             if answer is not None:
                 answers.append(answer)
         if answers:
             self._deliver(answers)
+
+    def _stats(self) -> Stats:
+        return msgspec.structs.replace(
+            self.scheduler.stats(), active_s=self._active(), stage_busy_s=self._ranks.busy_s()
+        )
+
+    def _active(self) -> float:
+        """Seconds with at least one step in flight, until now."""
+        since = self._active_since
+        return self._active_s if since is None else self._active_s + self._clock() - since

@@ -4,6 +4,11 @@ Continuous batching without phases: every step closes gaps, single-token gaps (d
 chunks, within one token budget. Pure Python over plain values: it knows no clock but the one it is given, no
 process, no tensor. The engine loop calls add / abort / schedule / update from one thread.
 
+On one stage the ranks remember the tokens that they draw, so a sequence's next step is planned before its
+token is known here. In a pipeline a token comes back first and goes out with the next plan. What fills the
+stages are micro-batches: a step takes only its share of the decodes and of the prompt tokens, and several
+chunks of one prompt may be in flight, since every stage runs the steps in order.
+
 Its order is strict: by priority, then by arrival. The head of the waiting queue is never overtaken, and the
 sequence that comes last is the first to be preempted, so the first one always gets on.
 """
@@ -12,12 +17,12 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ds_serve.cache.manager import CacheManager
-from ds_serve.engine.limits import Limits, refusal
+from ds_serve.engine.limits import Draft, Limits, refusal
 from ds_serve.engine.sequence import Sequence
 from ds_serve.messages import (
     INVALID_TOKEN,
@@ -42,32 +47,13 @@ class _Part:
     samples: bool
 
 
-@dataclass(slots=True)
-class _Draft:
-    """A step in the making: no counter of a sequence moves before it is made into a plan."""
-
-    budget: int
-    counts: dict[Sequence, int] = field(default_factory=dict)
-    new_blocks: dict[Sequence, list[int]] = field(default_factory=dict)
-    admitted: list[Sequence] = field(default_factory=list)
-    short_of_blocks: bool = False
-
-    def take(self, sequence: Sequence, count: int, new_blocks: list[int]) -> None:
-        self.counts[sequence] = count
-        self.new_blocks[sequence] = new_blocks
-        self.budget -= count
-
-    def give_back(self, sequence: Sequence) -> None:
-        """Refund the budget of a sequence that lost its place, if it had one."""
-        self.budget += self.counts.pop(sequence, 0)
-
-
 class Scheduler:
     """Owns every open sequence, from add() to its last Output."""
 
     def __init__(self, limits: Limits, cache: CacheManager, clock: Callable[[], float] = time.monotonic):
         self.limits = limits
         self.cache = cache
+        self._is_pipeline = limits.num_stages > 1
         self._clock = clock
         self._sequences: dict[str, Sequence] = {}
         self._waiting: list[Sequence] = []  # sorted by key
@@ -137,7 +123,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None where nothing can be computed before a result comes back."""
-        draft = _Draft(self.limits.max_num_batched_tokens)
+        draft = self._draft()
         self._preempt_drained(draft)
         self._schedule_running(draft)
         # Nobody is admitted in a step that ran short, unless nothing else is left to run.
@@ -145,17 +131,37 @@ class Scheduler:
             self._admit(draft)
         return self._plan(draft) if draft.counts else None
 
-    def _schedule_running(self, draft: _Draft) -> None:
+    def _draft(self) -> Draft:
+        """An empty step; in a pipeline with this step's share of the work.
+
+        What is in flight or done of a prompt counts too, so that shares stay the same from step to step.
+        """
+        num_batches = self.limits.num_batches
+        if num_batches == 1:
+            return Draft(self.limits, num_decodes=self.limits.max_num_seqs)
+        num_decoding = sum(sequence.gap <= 1 for sequence in self._running)
+        running = sum(s.num_prefill for s in self._running if s.num_computed < s.num_admitted)
+        waiting = sum(len(sequence.token_ids) for sequence in self._waiting[: len(self._free_slots)])
+        waiting = min(waiting, self.cache.pool.num_free * self.cache.block_size)
+        return Draft(self.limits, -(-num_decoding // num_batches), running + waiting)
+
+    def _gap(self, sequence: Sequence) -> int:
+        """Tokens that a step may compute now: in a pipeline only those whose values are known here."""
+        return 0 if self._is_pipeline and sequence.num_pending else sequence.gap
+
+    def _schedule_running(self, draft: Draft) -> None:
         # A stable sort: decodes first, then chunks, each in key order.
         for sequence in sorted(self._running, key=_is_not_decode):
-            count = min(sequence.gap, draft.budget)
+            gap = self._gap(sequence)
+            is_decode = gap == 1
+            count = draft.room(gap, is_decode)
             if count <= 0 or sequence.draining or sequence.slot is None:
                 continue
             blocks = self._grow(sequence, sequence.num_scheduled + count, draft)
             if blocks is not None:
-                draft.take(sequence, count, blocks)
+                draft.take(sequence, count, blocks, is_decode)
 
-    def _grow(self, sequence: Sequence, num_tokens: int, draft: _Draft) -> list[int] | None:
+    def _grow(self, sequence: Sequence, num_tokens: int, draft: Draft) -> list[int] | None:
         """Blocks for a running sequence, preempting from the end of the order; None: not in this step."""
         while self.cache.missing(sequence.table, num_tokens) > self.cache.pool.num_free:
             draft.short_of_blocks = True
@@ -171,7 +177,7 @@ class Scheduler:
                 return None
         return self.cache.grow(sequence.table, num_tokens)
 
-    def _preempt_drained(self, draft: _Draft) -> None:
+    def _preempt_drained(self, draft: Draft) -> None:
         for sequence in [sequence for sequence in self._running if sequence.draining]:
             draft.short_of_blocks = True
             if not sequence.num_in_flight:
@@ -185,16 +191,19 @@ class Scheduler:
         insort(self._waiting, sequence, key=_key)
         self._totals["num_preemptions"] += 1
 
-    def _admit(self, draft: _Draft) -> None:
-        while self._waiting and self._free_slots and draft.budget:
+    def _admit(self, draft: Draft) -> None:
+        while self._waiting and self._free_slots and draft.room(1) > 0:
             sequence = self._waiting[0]
             matched = self.cache.match(sequence.table, sequence.token_ids)
             needed = self.cache.blocks_for(len(sequence.token_ids)) - len(matched)
             if needed + self._promised_blocks() > self.cache.free_after(matched):
                 return
+            draft.discount(len(matched) * self.cache.block_size)
+            count = draft.room(len(sequence.token_ids) - len(matched) * self.cache.block_size)
+            if count < 1:
+                return
             self._waiting.pop(0)
             cached = self.cache.take_prefix(sequence.table, matched)
-            count = min(len(sequence.token_ids) - cached, draft.budget)
             self.cache.grow(sequence.table, cached + count)
             self._start(sequence, cached)
             draft.admitted.append(sequence)
@@ -208,6 +217,8 @@ class Scheduler:
     def _start(self, sequence: Sequence, cached: int) -> None:
         sequence.slot = self._free_slots.pop()
         sequence.num_scheduled = sequence.num_computed = cached
+        sequence.num_admitted = len(sequence.token_ids)
+        sequence.num_prefill = sequence.num_admitted - cached
         insort(self._running, sequence, key=_key)
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = cached
@@ -215,7 +226,7 @@ class Scheduler:
             self._totals["prompt_tokens"] += sequence.num_prompt_tokens
             self._totals["cached_tokens"] += cached
 
-    def _plan(self, draft: _Draft) -> StepPlan:
+    def _plan(self, draft: Draft) -> StepPlan:
         step = self._totals["num_steps"]
         self._totals["num_steps"] += 1
         new = [
@@ -231,9 +242,16 @@ class Scheduler:
         for sequence, count in draft.counts.items():
             start = sequence.num_scheduled
             samples = start + count == sequence.num_tokens
-            blocks = draft.new_blocks[sequence]
+            drawn = sequence.token_ids[max(start, sequence.num_admitted) : start + count]
             rows.append(
-                Row(slot=sequence.slot, start=start, count=count, new_block_ids=blocks, sample=samples)
+                Row(
+                    slot=sequence.slot,
+                    start=start,
+                    count=count,
+                    new_block_ids=draft.new_blocks[sequence],
+                    sample=samples,
+                    token_ids=drawn if self._is_pipeline else [],
+                )
             )
             parts.append(_Part(sequence, count, samples))
             sequence.num_scheduled += count
@@ -363,6 +381,9 @@ class Scheduler:
         open_now = {sequence.request.id for sequence in self._waiting + self._running}
         assert open_now == set(self._sequences), f"requests lost: {open_now ^ set(self._sequences)}"
         assert all(sequence.num_in_flight for sequence in self._landing), "an ended sequence holds blocks"
+        in_flight = Counter(part.sequence for _, parts in self._in_flight for part in parts)
+        found = {sequence: sequence.num_in_flight for sequence in holders if sequence.num_in_flight}
+        assert found == in_flight, "steps in flight and their sequences' counters differ"
         for sequence in self._running:
             counters = (sequence.num_computed, sequence.num_scheduled, sequence.num_tokens)
             assert 0 <= counters[0] <= counters[1] <= counters[2], f"{sequence.request.id}: {counters}"

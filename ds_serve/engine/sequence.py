@@ -16,6 +16,9 @@ class Sequence:
         num_pending      sampled by steps in flight, value not yet known here
         num_scheduled    KV is written, or will be by the steps in flight
         num_computed     KV is written, confirmed by a result
+        num_admitted     known when it took its slot; the ranks draw later ones, or, in a pipeline, get
+                         them with the plan that computes them
+        num_prefill      of num_admitted, those that were not in the cache
 
         num_computed <= num_scheduled <= len(token_ids) + num_pending
 
@@ -29,10 +32,12 @@ class Sequence:
         "finish_reason",
         "first_scheduled_at",
         "first_token_at",
+        "num_admitted",
         "num_cached_tokens",
         "num_computed",
         "num_in_flight",
         "num_pending",
+        "num_prefill",
         "num_prompt_tokens",
         "num_scheduled",
         "queued_at",
@@ -52,7 +57,9 @@ class Sequence:
         self.num_pending = 0
         self.num_scheduled = 0
         self.num_computed = 0
-        self.num_in_flight = 0
+        self.num_admitted = 0
+        self.num_prefill = 0
+        self.num_in_flight = 0  # steps
         self.num_cached_tokens: int | None = None  # set once, at the first admission
         self.slot: int | None = None  # holds a slot exactly while it holds blocks
         self.draining = False  # chosen as a victim while in flight: preempted once it has landed

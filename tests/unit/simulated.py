@@ -1,4 +1,4 @@
-"""A worker without a model: it keeps what each KV slot holds and checks every plan against it.
+"""Workers without a model: they keep what each KV slot holds and check every plan against it.
 
 A position's KV is stood for by a checksum of all tokens up to it, and a sampled token is a function of the
 sequence so far, so a wrong block, a stale block or a lost token shows as a wrong answer.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from zlib import crc32
 
-from ds_serve.messages import Request, SamplingParams, StepPlan, StepResult
+from ds_serve.messages import Request, Row, SamplingParams, StepPlan, StepResult
 
 VOCAB = 50
 
@@ -34,52 +34,81 @@ def make_request(name: object, prompt: list[int], max_tokens: int, **fields) -> 
     return Request(id=str(name), prompt_token_ids=prompt, params=params, **fields)
 
 
-class SimulatedWorker:
-    """Runs plans at once and gives the results back in order, as a rank does."""
+class _Stage:
+    """One stage's KV. It knows no tokens but those of a row, handed on as hidden states are."""
 
     def __init__(self, num_blocks: int, block_size: int, max_num_seqs: int) -> None:
         self.block_size = block_size
-        self.kv: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
-        self.tokens: list[list[int]] = [[] for _ in range(max_num_seqs)]
+        # A position holds its token and the checksum of all tokens up to it.
+        self.kv: list[list[tuple[int, int]]] = [[(-1, -1)] * block_size for _ in range(num_blocks)]
         self.tables: list[list[int]] = [[] for _ in range(max_num_seqs)]
+
+    def write(self, row: Row, tokens: list[int]) -> None:
+        table = self.tables[row.slot]
+        table += row.new_block_ids
+        assert row.start + row.count <= len(table) * self.block_size, "a row goes past its blocks"
+        checksum = self._at(row.slot, row.start - 1)[1] if row.start else 0
+        for position, token in enumerate(tokens, row.start):
+            checksum = crc32(bytes([token]), checksum)
+            self.kv[table[position // self.block_size]][position % self.block_size] = (token, checksum)
+
+    def attend(self, row: Row) -> int:
+        """The checksum of the row's sequence, after every KV on the way to it was found to be its own."""
+        checksum = 0
+        for position in range(row.start + row.count):
+            token, found = self._at(row.slot, position)
+            assert token >= 0, f"slot {row.slot}: position {position} was never written"
+            checksum = crc32(bytes([token]), checksum)
+            assert found == checksum, f"slot {row.slot}: wrong KV at position {position}"
+        return checksum
+
+    def _at(self, slot: int, position: int) -> tuple[int, int]:
+        return self.kv[self.tables[slot][position // self.block_size]][position % self.block_size]
+
+
+class SimulatedWorker:
+    """Runs plans at once and gives the results back in order, as the ranks do.
+
+    One stage remembers the tokens that it draws. Of several, the first knows what plans tell it and no more,
+    and the last draws.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, max_num_seqs: int, num_stages: int = 1) -> None:
+        self.stages = [_Stage(num_blocks, block_size, max_num_seqs) for _ in range(num_stages)]
+        self.tokens: list[list[int]] = [[] for _ in range(max_num_seqs)]
         self.num_computed = 0
         self.max_step_tokens = 0
 
     def run(self, plan: StepPlan) -> StepResult:
         for new in plan.new:
             self.tokens[new.slot] = list(new.token_ids)
-            self.tables[new.slot] = []
+            for stage in self.stages:
+                stage.tables[new.slot] = []
         slots = [row.slot for row in plan.rows]
         assert len(set(slots)) == len(slots), "a slot has two rows in one step"
-        self.max_step_tokens = max(self.max_step_tokens, sum(row.count for row in plan.rows))
-        for row in plan.rows:
-            self.tables[row.slot] += row.new_block_ids
-            self._write(row)
-        sampled = []
-        for row in plan.rows:
-            self._check(row)
-            tokens = self.tokens[row.slot]
-            assert row.sample == (row.start + row.count == len(tokens)), "samples in mid-sequence"
-            if row.sample:
-                tokens.append(next_token(tokens))
-                sampled.append(tokens[-1])
+        num_tokens = sum(row.count for row in plan.rows)
+        self.num_computed += num_tokens
+        self.max_step_tokens = max(self.max_step_tokens, num_tokens)
+        inputs = [self._inputs(row) for row in plan.rows]
+        for stage in self.stages:
+            for row, tokens in zip(plan.rows, inputs, strict=True):
+                stage.write(row, tokens)
+            checksums = [stage.attend(row) for row in plan.rows]
+        sampled = [sum_ % VOCAB for row, sum_ in zip(plan.rows, checksums, strict=True) if row.sample]
+        if len(self.stages) == 1:
+            for slot, token in zip((row.slot for row in plan.rows if row.sample), sampled, strict=True):
+                self.tokens[slot].append(token)
         return StepResult(step=plan.step, token_ids=sampled)
 
-    def _write(self, row) -> None:
-        tokens, table = self.tokens[row.slot], self.tables[row.slot]
-        assert row.start + row.count <= len(tokens), "a row goes past the known tokens"
-        assert row.start + row.count <= len(table) * self.block_size, "a row goes past its blocks"
-        checksum = crc32(bytes(tokens[: row.start]))
-        for position in range(row.start, row.start + row.count):
-            checksum = crc32(bytes([tokens[position]]), checksum)
-            self.kv[table[position // self.block_size]][position % self.block_size] = checksum
-        self.num_computed += row.count
-
-    def _check(self, row) -> None:
-        """Every KV that this row attends to is there and is its own sequence's."""
-        tokens, table = self.tokens[row.slot], self.tables[row.slot]
-        checksum = 0
-        for position in range(row.start + row.count):
-            checksum = crc32(bytes([tokens[position]]), checksum)
-            found = self.kv[table[position // self.block_size]][position % self.block_size]
-            assert found == checksum, f"slot {row.slot}: wrong KV at position {position}"
+    def _inputs(self, row: Row) -> list[int]:
+        """The row's tokens, which the first stage must know by now."""
+        known, end = self.tokens[row.slot], row.start + row.count
+        if row.token_ids:
+            assert len(self.stages) > 1, "one stage remembers its tokens itself"
+            assert len(known) + len(row.token_ids) == end, (
+                "token_ids are not the row's last, or known already"
+            )
+            known += row.token_ids
+        assert end <= len(known), "a row goes past the known tokens"
+        assert row.sample == (end == len(known)), "samples in mid-sequence"
+        return known[row.start : end]

@@ -12,8 +12,9 @@ from simulated import VOCAB, SimulatedWorker, expected_output, make_request
 from ds_serve.cache.manager import CacheManager
 from ds_serve.engine.limits import Limits
 from ds_serve.engine.local import EngineDeadError, LocalEngine
+from ds_serve.engine.loop import Closed, EngineLoop
 from ds_serve.engine.scheduler import Scheduler
-from ds_serve.messages import EngineInfo
+from ds_serve.messages import EngineInfo, Output, Stats, StatsQuery
 
 INFO = EngineInfo(
     model="none", max_model_len=64, vocab_size=VOCAB, block_size=4, num_blocks=32, device="cpu", dtype="int"
@@ -21,10 +22,11 @@ INFO = EngineInfo(
 
 
 class SimulatedRanks:
-    """Results in order; a gate holds them back, a fault makes the next step raise."""
+    """Results in order; a gate holds them back, a fault makes the next step or check raise."""
 
-    def __init__(self) -> None:
-        self.worker = SimulatedWorker(32, 4, 8)
+    def __init__(self, num_stages: int = 1) -> None:
+        self.worker = SimulatedWorker(32, 4, 8, num_stages)
+        self.num_stages = num_stages
         self.results = deque()
         self.gate = threading.Event()
         self.gate.set()
@@ -40,14 +42,22 @@ class SimulatedRanks:
             raise self.fault
         return self.results.popleft()
 
+    def check(self):
+        if self.fault is not None:
+            raise self.fault
+
+    def busy_s(self):
+        return [0.5] * self.num_stages
+
     def close(self):
         self.closed = True
 
 
-@pytest.fixture
-def engine():
-    limits = Limits(max_num_seqs=8, max_num_batched_tokens=16, max_model_len=64, max_steps_in_flight=2)
-    ranks = SimulatedRanks()
+@pytest.fixture(params=[1, 3], ids=["one stage", "three stages"])
+def engine(request):
+    stages = request.param
+    limits = Limits(8, 16, 64, max_steps_in_flight=max(2, stages), num_stages=stages)
+    ranks = SimulatedRanks(stages)
     engine = LocalEngine(Scheduler(limits, CacheManager(32, 4)), ranks, INFO)
     engine.ranks = ranks
     yield engine
@@ -130,3 +140,75 @@ def test_close_ends_open_requests(engine):
     engine._inbox.put(None)
     engine.ranks.gate.set()
     assert collect(outputs)[1] == "error"
+
+
+def test_a_rank_that_fails_while_nothing_runs_ends_the_engine(engine):
+    assert collect(submit(engine, make_request("a", [1, 2, 3], 4)))[1] == "length"
+    engine.ranks.fault = RuntimeError("rank 2 is gone")
+    engine._thread.join(10)
+    assert not engine._thread.is_alive()
+    with pytest.raises(EngineDeadError, match="rank 2 is gone"):
+        engine.submit(make_request("b", [1], 1), print)
+
+
+class ScriptedInbox:
+    """Gives one batch of messages a turn, then nothing more while requests are open, then says Closed."""
+
+    def __init__(self, *batches):
+        self.batches = deque(batches)
+
+    def receive(self, wait):
+        if wait and not self.batches:
+            raise Closed
+        return self.batches.popleft() if self.batches else []
+
+
+def make_loop(ranks, delivered, *batches, clock=lambda: 0.0):
+    scheduler = Scheduler(Limits(8, 16, 64, max_steps_in_flight=2, num_stages=2), CacheManager(32, 4))
+    return EngineLoop(scheduler, ranks, ScriptedInbox(*batches), delivered.extend, clock)
+
+
+def test_a_request_that_arrives_with_a_failure_is_answered():
+    ranks, delivered = SimulatedRanks(2), []
+    ranks.fault = RuntimeError("rank 1 is gone")
+    with pytest.raises(RuntimeError, match="rank 1 is gone"):
+        make_loop(ranks, delivered, [make_request("a", [1, 2], 3)]).run()
+    assert [(output.id, output.finish_reason) for output in delivered] == [("a", "error")]
+    assert "rank 1 is gone" in delivered[0].error and ranks.closed
+
+
+def test_ranks_that_do_not_close_do_not_hide_why_they_failed():
+    class Stuck(SimulatedRanks):
+        def close(self):
+            raise TimeoutError("no rank answers")
+
+    ranks = Stuck(2)
+    with pytest.raises(TimeoutError, match="no rank answers"):
+        make_loop(ranks, []).run()
+    ranks.fault = RuntimeError("device lost")
+    with pytest.raises(RuntimeError, match="device lost") as caught:
+        make_loop(ranks, [], [make_request("a", [1, 2], 3)]).run()
+    assert "no rank answers" in caught.value.__notes__[0]
+
+
+def test_active_time_counts_while_a_step_is_in_flight():
+    delivered, now = [], iter([10.0, 11.0, 20.0, 21.5, 23.0])
+    ask = StatsQuery()
+    # Two tokens: in flight from 10 to 11 and from 20 to 23, and asked before, within (at 21.5) and after.
+    batches = [[ask], [make_request("a", [1, 2], 2)], [], [], [ask]]
+    ranks = SimulatedRanks(2)
+    loop = make_loop(ranks, delivered, *batches, clock=lambda: next(now))
+    turns = iter(range(9))
+    collect_one = ranks.collect
+
+    def collect_and_ask():
+        if next(turns) == 1:
+            loop._answer([ask])
+        return collect_one()
+
+    ranks.collect = collect_and_ask
+    loop.run()
+    stats = [message for message in delivered if isinstance(message, Stats)]
+    assert [each.active_s for each in stats] == [0.0, 2.5, 4.0]
+    assert all(each.stage_busy_s == [0.5, 0.5] for each in stats)
+    assert sum(len(each.token_ids) for each in delivered if isinstance(each, Output)) == 2

@@ -1,14 +1,18 @@
-"""The scheduler against a simulated worker: random arrivals, lengths, aborts, priorities and pool sizes."""
+"""The scheduler against simulated workers: random arrivals, lengths, aborts, priorities, pool sizes, numbers
+of pipeline stages, and moments at which results come back."""
 
 from __future__ import annotations
 
 from collections import Counter, deque
+from itertools import cycle
+from unittest.mock import patch
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import VOCAB, SimulatedWorker, expected_output, make_request
 
 from ds_serve.cache.manager import CacheManager
+from ds_serve.engine import limits as limits_module
 from ds_serve.engine.limits import Limits
 from ds_serve.engine.scheduler import Scheduler
 
@@ -39,23 +43,33 @@ def workloads(draw):
                 salt=draw(st.sampled_from(["", "b"])),
             )
         )
+    num_stages = draw(st.integers(1, 4))
     limits = Limits(
         max_num_seqs=draw(st.integers(1, 6)),
         max_num_batched_tokens=draw(st.integers(1, 40)),
         max_model_len=draw(st.sampled_from([longest, longest + 9])),
-        max_steps_in_flight=draw(st.integers(1, 3)),
+        max_steps_in_flight=draw(st.sampled_from([num_stages, 1, 2, 3, num_stages + 1])),
         vocab_size=VOCAB,
+        num_stages=num_stages,
     )
     # Before each step: which requests arrive, which are aborted.
     arrivals = draw(st.lists(st.integers(0, 4), min_size=1, max_size=8))
     aborts = draw(st.dictionaries(st.integers(0, 30), st.integers(0, len(requests) - 1), max_size=5))
-    return num_blocks, limits, requests, arrivals, aborts
+    # In each turn: how many steps are planned at most, and how many results come back. (9, 1) is the loop.
+    some = st.tuples(st.sampled_from([1, 2, 9]), st.integers(0, 3))
+    moments = draw(st.lists(some, min_size=1, max_size=6) | st.just([(9, 1)]))
+    return num_blocks, limits, requests, arrivals, aborts, moments
 
 
-def drive(num_blocks, limits, requests, arrivals, aborts, prefix_caching=True):
+def drive(num_blocks, limits, requests, arrivals, aborts, moments, prefix_caching=True):
     """Runs everything to its end; returns the outputs by request id, the scheduler and the worker."""
+    with patch.object(limits_module, "MIN_CHUNK_TOKENS", 1 + num_blocks % 8):  # small, so that steps are cut
+        return _drive(num_blocks, limits, requests, arrivals, aborts, cycle(moments), prefix_caching)
+
+
+def _drive(num_blocks, limits, requests, arrivals, aborts, moments, prefix_caching):
     scheduler = Scheduler(limits, CacheManager(num_blocks, BLOCK, prefix_caching=prefix_caching))
-    worker = SimulatedWorker(num_blocks, BLOCK, limits.max_num_seqs)
+    worker = SimulatedWorker(num_blocks, BLOCK, limits.max_num_seqs, limits.num_stages)
     outputs = {request.id: [] for request in requests}
     pending, results, turn = deque(requests), deque(), 0
 
@@ -71,22 +85,25 @@ def drive(num_blocks, limits, requests, arrivals, aborts, prefix_caching=True):
             take(scheduler.abort(str(aborts[turn])))
         turn += 1
         assert turn < 5000, "no progress"
-        while scheduler.can_plan and (plan := scheduler.schedule()) is not None:
+        most_plans, num_results = next(moments)
+        num_plans = 0
+        while num_plans < most_plans and scheduler.can_plan and (plan := scheduler.schedule()) is not None:
             results.append(worker.run(plan))
+            num_plans += 1
             scheduler.check_integrity()
-        if results:
+        assert len(results) <= limits.max_steps_in_flight
+        assert results or not scheduler.num_open, "open requests, nothing in flight and nothing to plan"
+        for _ in range(min(num_results or int(not num_plans), len(results))):
             for output in scheduler.update(results.popleft()):
                 take(output)
-        else:
-            assert not scheduler.num_open, "open requests, nothing in flight and nothing to plan"
-        scheduler.check_integrity()
+            scheduler.check_integrity()
     return outputs, scheduler, worker
 
 
 @settings(max_examples=300, deadline=None)
 @given(workloads(), st.booleans())
 def test_every_request_ends_once_with_the_right_tokens_and_every_block_comes_back(workload, prefix_caching):
-    num_blocks, limits, requests, arrivals, aborts = workload
+    num_blocks, limits, requests, *_ = workload
     outputs, scheduler, worker = drive(*workload, prefix_caching=prefix_caching)
 
     assert worker.max_step_tokens <= limits.max_num_batched_tokens
@@ -113,8 +130,8 @@ def test_every_request_ends_once_with_the_right_tokens_and_every_block_comes_bac
 @settings(max_examples=100, deadline=None)
 @given(workloads())
 def test_equal_priorities_start_in_order_of_arrival(workload):
-    num_blocks, limits, requests, arrivals, _ = workload
-    outputs, *_ = drive(num_blocks, limits, requests, arrivals, {})
+    num_blocks, limits, requests, arrivals, _, moments = workload
+    outputs, *_ = drive(num_blocks, limits, requests, arrivals, {}, moments)
     started = [
         outputs[request.id][0].times[1]
         for request in requests
