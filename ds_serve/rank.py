@@ -91,8 +91,10 @@ def _leave() -> None:
         _lead.leave()
 
 
-def main(folder: str, front_pid: int) -> int:
+def main(folder: str = "", front_pid: str = "0") -> int:
     """A rank's process under a front: rank 0 serves the front that owns folder until it goes away.
+
+    Other ranks need neither, and get neither where their machine has no front.
 
     Returns the exit code; with several ranks it ends the process itself.
     """
@@ -100,7 +102,7 @@ def main(folder: str, front_pid: int) -> int:
     _die_with_parent()
     if rank_env is not None and rank_env.rank > 0:
         return follow()
-    front_lives = _watch(front_pid)
+    front_lives = _watch(int(front_pid))
     settings = Settings.model_validate_json((Path(folder) / "settings.json").read_bytes())
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(name)s: %(message)s")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -117,9 +119,11 @@ def main(folder: str, front_pid: int) -> int:
     except SystemExit:
         code = 0
     except Exception as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it may be on its way, and the reason is to get out
         logger.error("engine: %s", error, exc_info=settings.log_level == "debug")
         port.deliver([EngineFailure(reason=f"{type(error).__name__}: {error}")])
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         port.close()
     if _lead is not None:
         _lead.leave()
@@ -156,4 +160,4 @@ def _die_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2])))
+    sys.exit(main(*sys.argv[1:]))

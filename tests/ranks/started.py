@@ -130,7 +130,7 @@ class Server(Started):
         return answer.json()["choices"][0]["message"]["content"]
 
     def stream(self, prompt: str, max_tokens: int, started: Callable[[], object]) -> str | None:
-        """Reads a stream to its end, and calls started at its first piece. Returns its error's text, if any."""
+        """Reads a stream to its end, calling started at each piece. Returns its error, if any."""
         body = {
             "model": "demo",
             "prompt": prompt,

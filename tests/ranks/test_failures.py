@@ -1,0 +1,123 @@
+"""Ranks that die, hang or raise, under the front's supervisor and under the deepspeed launcher itself.
+
+Waits are bounded, generously: how long it takes depends on the machine.
+"""
+
+from __future__ import annotations
+
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Event
+
+import psutil
+import pytest
+from launch import free_port
+from started import DEEPSPEED, DS_SERVE, END_S, START_S, Server, Started, until
+
+STREAMS = 16
+FAR = 1900  # tokens: no stream gets so far before its rank fails
+MODEL = ("demo", "--num-blocks", 2048)
+
+
+@contextmanager
+def streaming(server):
+    """The errors of STREAMS streams, there after the block, which begins once all are under way."""
+    begun, errors = [Event() for _ in range(STREAMS)], []
+    with ThreadPoolExecutor(STREAMS) as threads:
+        streams = [
+            threads.submit(server.stream, f"Number {index}", FAR, event.set)
+            for index, event in enumerate(begun)
+        ]
+        try:
+            for event in begun:
+                assert event.wait(END_S), "a stream does not begin"
+            yield errors
+            errors += [stream.result(END_S) for stream in streams]
+        except BaseException:
+            server.kill()  # or the threads never end
+            raise
+
+
+@pytest.mark.timeout(600)
+def test_each_rank_in_turn_is_killed_and_the_service_comes_back(tmp_path):
+    with Server(tmp_path / "s", *DS_SERVE, "serve", *MODEL, "--tp", 2, "--pp", 2) as server:
+        answer = server.chat("What is the capital of France?", 16)
+        for rank in (3, 1, 0, 2):
+            with streaming(server) as errors:
+                server.rank(rank).kill()
+            assert all(error and f"rank {rank}" in error for error in errors), errors
+            health = server.health()
+            assert health.status_code == 503 and int(health.headers["retry-after"]) > 0
+            until(lambda: server.health().status_code == 200, START_S, server.said())
+            assert server.chat("What is the capital of France?", 16) == answer
+        with streaming(server) as errors:
+            server.rank(1).send_signal(signal.SIGSTOP)
+        assert all(error and "rank 1" in error and "no heartbeat" in error for error in errors), errors
+        assert "rank 1 (stage 0, tensor 1): no heartbeat" in server.health().text
+        server.terminate()
+
+
+def test_ranks_do_not_outlive_a_killed_front(tmp_path):
+    with Server(tmp_path / "s", *DS_SERVE, "serve", *MODEL, "--pp", 2) as server:
+        with ThreadPoolExecutor(1) as thread:
+            begun = Event()
+            stream = thread.submit(server.stream, "Once", FAR, begun.set)
+            assert begun.wait(END_S)
+            server.process.kill()
+            assert stream.exception(END_S) is not None
+        server.end(-signal.SIGKILL)
+
+
+BROKEN = """
+import os, sys
+from ds_serve.cli import main
+from ds_serve.worker.worker import Worker
+
+step = Worker.step
+
+def broken_step(self, plan):
+    if plan.step > 20 and os.environ.get("RANK") == "1":
+        raise FloatingPointError("broken on purpose")
+    return step(self, plan)
+
+Worker.step = broken_step
+sys.exit(main())
+"""
+
+
+def test_a_rank_that_raises_ends_a_launch_with_its_words(tmp_path):
+    script = tmp_path / "broken.py"
+    script.write_text(BROKEN)
+    launcher = (*DEEPSPEED, "--num_accelerators", 2, "--master_port", free_port())
+    with Server(tmp_path / "s", *launcher, script, "serve", *MODEL, "--tp", 2) as server:
+        error = server.stream("Once", FAR, lambda: None)
+        assert "rank 1 (stage 0, tensor 1)" in error and "broken on purpose" in error
+        assert server.end() != 0
+        assert "ds-serve: the engine failed for good: " in server.err.read_text()
+        assert "FloatingPointError: broken on purpose" in server.err.read_text()
+
+
+SCRIPT = f"""
+import ds_serve
+from ds_serve.demo import model_path
+
+pipe = ds_serve.pipeline(model=model_path(), pipeline_parallel=2, num_blocks=512)
+for delta in pipe("Once", max_new_tokens={FAR}, min_new_tokens={FAR}, stream=True):
+    print(delta, flush=True)
+"""
+
+
+@pytest.mark.parametrize(("rank", "number"), [(1, signal.SIGKILL), (1, signal.SIGSTOP)])
+def test_a_script_ends_with_its_lost_rank(tmp_path, rank, number):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    launcher = (*DEEPSPEED, "--num_accelerators", 2, "--master_port", free_port())
+    with Started(tmp_path / "s", *launcher, script) as ranks:
+        until(lambda: ranks.out.read_text().count("\n") > 3 or ranks.process.poll() is not None, START_S)
+        assert ranks.process.poll() is None, ranks.said()
+        lost = ranks.rank(rank)
+        lost.send_signal(number)
+        assert ranks.end() != 0
+        assert f"rank {rank}" in ranks.err.read_text()
+        assert not psutil.pid_exists(lost.pid)
