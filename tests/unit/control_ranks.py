@@ -1,4 +1,4 @@
-"""Processes for test_control.py: followers whose worker does as it is told, and a rank 0 to be killed.
+"""Processes for control_harness.py: followers whose worker does as it is told, and a rank 0 to be killed.
 
     python control_ranks.py FOLDER RANK TP PP TIMEOUT_S
 
@@ -86,7 +86,7 @@ def follow(follower: Follower, journal: Path) -> int:
         follower.fail(error)
         os._exit(1)
     if "CONTROL_RANKS_LINGER" in os.environ:  # beyond the end of rank 0
-        time.sleep(1)
+        time.sleep(0.6)
     follower.close()
     return 0
 
