@@ -1,8 +1,8 @@
 """What DeepSpeed's AutoTP leaves undone when it cuts a transformers model into tensor shards, by model.
 
-prepare() runs on whole layers, before AutoTP: it makes of them what AutoTP can cut. repair() runs after it,
-on what AutoTP does not see: parameters that are no linear's, and modules that count heads themselves.
-covers() says which parameters these and the whole ones are; sharding.py, the only caller, refuses others.
+prepare() makes of a layer what AutoTP can cut, and changes nothing of what it computes. repair() cuts what
+AutoTP does not see: parameters that are no linear's, and modules that count heads themselves. covers() says
+which parameters these and the whole ones are. sharding.py, the only caller, refuses others, between the two.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def covers(layer: nn.Module, name: str, parameter: str, heads: Heads) -> bool:
     return len(tensor) == heads.hidden or _WHOLE.fullmatch(full_name) is not None
 
 
-# -- before AutoTP -----------------------------------------------------------------------------
+# -- what AutoTP can cut -----------------------------------------------------------------------
 
 
 def prepare(layer: nn.Module, heads: Heads) -> None:
@@ -187,11 +187,11 @@ def _each_parameter(module: nn.Module, change: Callable[[torch.Tensor], torch.Te
         setattr(module, name, nn.Parameter(change(parameter), requires_grad=False))
 
 
-# -- after AutoTP ------------------------------------------------------------------------------
+# -- what AutoTP leaves whole ------------------------------------------------------------------
 
 
 def repair(layer: nn.Module, heads: Heads, grid: Grid) -> None:
-    """Cuts what AutoTP left whole in layer, which it has cut already."""
+    """Cuts what AutoTP leaves whole in layer, a prepared one."""
     for name, module in list(layer.named_modules()):
         if re.fullmatch(ATTENTION, f"{name}."):
             _repair_attention(module, heads)

@@ -63,8 +63,11 @@ def shard(module: PreTrainedModel, grid: Grid) -> nn.Module:
     for layer in layers:
         prepare(layer, heads)
         check_covered(layer, heads)
+    partition = _partition(layers, heads)
     _shard_head(module, grid)
-    with _told_how(_partition(layers, heads)), heads.in_config():
+    for layer in layers:  # first, so that no whole expert goes to the device
+        repair(layer, heads, grid)
+    with _told_how(partition), heads.in_config():
         module = _init_inference(
             module,
             tensor_parallel={
@@ -73,8 +76,15 @@ def shard(module: PreTrainedModel, grid: Grid) -> nn.Module:
             injection_policy={type(layer): ("",) for layer in layers},
         )  # fmt: skip
     for layer in layers:
-        repair(layer, heads, grid)
+        _let_go(layer)
     return module
+
+
+def _let_go(layer: nn.Module) -> None:
+    """DeepSpeed's parameters point back at their modules, for training: injection could not free a layer."""
+    for parameter in layer.parameters():
+        for name in ("gather_params", "_tp_partition"):
+            vars(parameter).pop(name, None)
 
 
 def _init_inference(module: PreTrainedModel, **how) -> nn.Module:
