@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/pip --disable-pip-version-check
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install run test unit lint format clean
+.PHONY: install run test test-all unit lint format clean
 
 install: $(STAMP)
 
@@ -25,6 +25,10 @@ run: install
 
 test: install lint
 	python -m pytest tests
+
+# The whole matrix of ranks x models beside it.
+test-all: export DS_SERVE_TEST_ALL = 1
+test-all: test
 
 unit: install
 	python -m pytest tests/unit
