@@ -216,7 +216,7 @@ def several(settings: Settings, options: Options, module: str, arguments: Sequen
     for name, value in values.items():
         if value is True:
             line.append(f"--{name}")
-        elif value not in (None, False):
+        elif value is not None and value is not False:
             line.append(f"--{name}={value}")
     # The Slurm backend forgets --module: there, python's own -m stands in the script's place.
     start = ["--", "-m"] if (options.launcher or "").lower() == "slurm" else ["--module"]

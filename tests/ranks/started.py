@@ -64,14 +64,15 @@ class Started:
                     found.append(process)
         return found
 
-    def rank(self, number: int) -> psutil.Process:
-        """The process of a rank: the one that computes, where rank 0 has a front too."""
-        ranks = []
+    def ranks(self) -> dict[int, psutil.Process]:
+        """The ranks' processes; that one which computes, where rank 0 has a front too."""
+        found: dict[int, psutil.Process] = {}
         for process in self.alive():
             with contextlib.suppress(psutil.Error):
-                if process.environ().get("RANK") == str(number):
-                    ranks.append(process)
-        return next((each for each in ranks if "ds_serve.rank" in each.cmdline()), ranks[0])
+                number = process.environ().get("RANK")
+                if number is not None and (int(number) not in found or "ds_serve.rank" in process.cmdline()):
+                    found[int(number)] = process
+        return found
 
     def end(self, code: int | None = None) -> int:
         """Waits for its end and returns its code, which must be this one; nothing may be left of it."""

@@ -45,14 +45,14 @@ def test_each_rank_in_turn_is_killed_and_the_service_comes_back(tmp_path):
         answer = server.chat("What is the capital of France?", 16)
         for rank in (3, 1, 0, 2):
             with streaming(server) as errors:
-                server.rank(rank).kill()
+                server.ranks()[rank].kill()
             assert all(error and f"rank {rank}" in error for error in errors), errors
             health = server.health()
             assert health.status_code == 503 and int(health.headers["retry-after"]) > 0
             until(lambda: server.health().status_code == 200, START_S, server.said())
             assert server.chat("What is the capital of France?", 16) == answer
         with streaming(server) as errors:
-            server.rank(1).send_signal(signal.SIGSTOP)
+            server.ranks()[1].send_signal(signal.SIGSTOP)
         assert all(error and "rank 1" in error and "no heartbeat" in error for error in errors), errors
         assert "rank 1 (stage 0, tensor 1): no heartbeat" in server.health().text
         server.terminate()
@@ -116,7 +116,7 @@ def test_a_script_ends_with_its_lost_rank(tmp_path, rank, number):
     with Started(tmp_path / "s", *launcher, script) as ranks:
         until(lambda: ranks.out.read_text().count("\n") > 3 or ranks.process.poll() is not None, START_S)
         assert ranks.process.poll() is None, ranks.said()
-        lost = ranks.rank(rank)
+        lost = ranks.ranks()[rank]
         lost.send_signal(number)
         assert ranks.end() != 0
         assert f"rank {rank}" in ranks.err.read_text()

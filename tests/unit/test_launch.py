@@ -140,6 +140,18 @@ def test_flags_pass_through(tmp_path):
     assert not any(part.startswith(("--num_accelerators", "--node_rank")) for part in command)
 
 
+def test_each_node_of_several_without_ssh(tmp_path):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("node-1 slots=1\nnode-2 slots=1\n")
+    for rank in (0, 1):
+        options = launch.Options(
+            hostfile=str(hosts), no_ssh=True, node_rank=rank, master_addr="node-1", master_port=77
+        )
+        flags = {f"--node_rank={rank}", "--no_ssh", "--master_addr=node-1", "--master_port=77"}
+        assert flags <= set(line(options))
+        assert options.follows == (rank == 1)
+
+
 def test_slurm_gets_its_module_by_pythons_flag_and_the_meeting_point(tmp_path):
     hosts = tmp_path / "hosts"
     hosts.write_text("# two machines\nnode-1 slots=1\nnode-2 slots=1\n")
