@@ -2,8 +2,8 @@
 
     python benchmarks/pipeline.py smollm2-135m --pp 2
 
-It starts its ranks itself (the deepspeed launcher, one thread each). A stage's utilisation is the time that it
-computed over the time with a step in flight (Stats.stage_busy_s, active_s). Printed are, for a prompt that
+It starts its ranks itself (the deepspeed launcher, one thread each). A stage's utilisation is the time that
+it computed over the time with a step in flight (Stats.stage_busy_s, active_s). Printed are, for a prompt that
 is cut into m = 1, 2, 4, 8 chunks of --chunk tokens, each stage's utilisation and the ideal m / (m + p - 1);
 then decoding with --prompts requests at once: utilisation and tokens/s; last the same on one rank of one
 thread. `python -m pytest tests/unit -k utilisation -s` has the same figures for simulated stage times.

@@ -10,14 +10,16 @@ import math
 import os
 import queue
 import shutil
+import signal
 import threading
 import time
+from contextlib import suppress
 from typing import NoReturn
 
 import msgspec
 import zmq
 
-from ds_serve.messages import StepResult
+from ds_serve.messages import StepPlan, StepResult
 from ds_serve.parallel.health import Progress, WakingClock, beat_interval, describe, patience
 from ds_serve.parallel.place import Place
 from ds_serve.parallel.wire import (
@@ -149,6 +151,8 @@ class Follower:
                     self._end(f"rank 0 gave up: {message.reason}")
                 case Build():
                     self.progress.phase = self._phase_of_rank_0 = "loading"
+                case StepPlan():
+                    self._phase_of_rank_0 = "idle"
                 case Leave():
                     self._left = True
             self._inbox.put(message)
@@ -167,6 +171,9 @@ class Follower:
             self._end("the process that started it is gone")
         limit = patience(self._timeout_s, self._phase_of_rank_0) + _GRACE_S
         if not self._left and now - self._heard > limit:
+            if self._address.host == self._host:  # a stopped process is deaf to the launcher's SIGTERM
+                with suppress(ProcessLookupError):
+                    os.kill(self._address.pid, signal.SIGKILL)
             self._end(f"rank 0 gave no sign for {limit:g} s")
 
     def _end(self, reason: str) -> NoReturn:

@@ -15,6 +15,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import traceback
 
 import msgspec
@@ -69,6 +70,9 @@ class Lead:
         self.controller.join(JOIN_S)
         self._rank: LeadRank | None = None
         self._left = False
+        in_main = threading.current_thread() is threading.main_thread()
+        if in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, self._terminated)
 
     def start(self, settings: Settings) -> LeadRank:
         """Loads the model on all ranks. Raises RankFailure, or RuntimeError while another engine is open."""
@@ -83,6 +87,11 @@ class Lead:
         self.controller.send(Build(settings_json=settings.model_dump_json()))
         self._rank = LeadRank(lambda progress: build_worker(settings, self.grid, progress), self.controller)
         return self._rank
+
+    def _terminated(self, *_: object) -> None:
+        """SIGTERM: often from a launcher that saw another rank die, which is then the reason to raise."""
+        self.controller.check(wait_s=1.0)
+        raise SystemExit(128 + signal.SIGTERM)
 
     def leave(self) -> None:
         """Lets the other ranks end; after a failure, ends those of this machine. May be called again."""

@@ -9,6 +9,7 @@ rank.py.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -92,12 +93,19 @@ class LeadRank(LocalRank):
         self._plans = queue.SimpleQueue()
         self._results = controller.results
         self._progress = controller.progress
+        self._num_in_flight = 0
         self.closed = False
         self._start(build)
 
     def submit(self, plan: StepPlan) -> None:
+        self._num_in_flight += 1
         self._controller.send(plan)
         self._plans.put(plan)
+
+    def collect(self):
+        result = super().collect()
+        self._num_in_flight -= isinstance(result, StepResult)
+        return result
 
     def check(self) -> None:
         self._controller.check()
@@ -106,15 +114,19 @@ class LeadRank(LocalRank):
         return self._controller.stage_busy_s()
 
     def close(self) -> None:
-        """Ends this engine's plans on all ranks; after a failure, without waiting for anyone."""
+        """Ends this engine's plans on all ranks, after its steps in flight; after a failure, at once."""
         if self.closed:
             return
         self.closed = True
         self._plans.put(None)
         self._controller.send(Close())
         deadline = time.monotonic() + END_S
-        while self._thread.is_alive() and not self._controller.failed and time.monotonic() < deadline:
-            self._thread.join(0.05)
+        while (self._thread.is_alive() or self._num_in_flight) and time.monotonic() < deadline:
+            if self._controller.failed:
+                return
+            with contextlib.suppress(queue.Empty):  # the next engine must not find this one's results
+                self._results.get(timeout=0.05)
+                self._num_in_flight -= 1
 
     def _deliver(self, result: object) -> None:
         if isinstance(result, StepResult):
