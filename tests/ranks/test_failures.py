@@ -108,7 +108,7 @@ for delta in pipe("Once", max_new_tokens={FAR}, min_new_tokens={FAR}, stream=Tru
 """
 
 
-@pytest.mark.parametrize(("rank", "number"), [(1, signal.SIGKILL), (1, signal.SIGSTOP)])
+@pytest.mark.parametrize(("rank", "number"), [(1, signal.SIGKILL), (0, signal.SIGSTOP)])
 def test_a_script_ends_with_its_lost_rank(tmp_path, rank, number):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

@@ -167,14 +167,14 @@ def test_a_follower_that_may_leave_outlives_rank_0(tmp_path, monkeypatch):
         assert ranks.stderr(1) == ""
 
 
-def test_followers_end_when_rank_0_is_silent(tmp_path, monkeypatch):
+def test_followers_end_themselves_and_a_silent_rank_0(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", HOUSE)
     monkeypatch.setenv("LOCAL_SIZE", "2")
     with ranks_in(tmp_path, tp=2, pp=1, timeout_s=1) as ranks:
         ranks.start(0, 1)
         assert ranks.processes[0].stdout.readline() == "joined\n"
         ranks.kill(0, signal.SIGSTOP)
-        assert ranks.exit_codes(1) == [1]
+        assert ranks.exit_codes(1, 0) == [1, -signal.SIGKILL]
         assert "rank 0 gave no sign for 2 s" in ranks.stderr(1)
 
 
