@@ -70,7 +70,8 @@ def load(settings: Settings, grid: Grid | None = None) -> LoadedModel:
     verify_paged(stage, plain, layout, backend)
     max_model_len = _max_model_len(config.get_text_config(decoder=True), settings.max_model_len)
     settle_rope(stage.module, max_model_len)
-    report = inject(stage.module, backend, settings.injection)
+    reduce = grid.all_reduce if grid.place.tp > 1 else None
+    report = inject(stage.module, backend, settings.injection, reduce)
     logger.info(
         "%s: %s, %s on %s, attention %s, %d modules fused, %d as they are",
         settings.name if grid.place.world_size == 1 else f"{settings.name}, {grid.place}",

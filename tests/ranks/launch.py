@@ -20,17 +20,16 @@ def free_port() -> int:
 
 def run_ranks(script: Path, ranks: int, *args: str, timeout: float = 240) -> list[str]:
     """Lines that all ranks of `script args` printed; AssertionError with the output if it fails or hangs."""
-    launcher = Path(sys.executable).with_name("deepspeed")
     command = [
-        str(launcher), "-q", "--num_accelerators", str(ranks), "--no_local_rank",
-        "--master_port", str(free_port()), str(script), *args,
+        sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--no_local_rank",
+        "--num_accelerators", str(ranks), "--master_port", str(free_port()), str(script), *args,
     ]  # fmt: skip
     paths = [str(ROOT), str(ROOT / "tests" / "model"), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "PATH": os.pathsep.join([str(launcher.parent), os.environ["PATH"]]),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     }
     process = subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
