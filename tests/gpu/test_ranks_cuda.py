@@ -16,7 +16,8 @@ if torch.cuda.device_count() < 2:
     pytest.skip("needs two CUDA devices", allow_module_level=True)
 
 TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS / "model"), str(TESTS / "ranks")]
+sys.path.insert(0, str(TESTS / "model"))
+sys.path.insert(0, str(TESTS / "ranks"))
 
 from launch import run_ranks
 from test_matrix import LENGTHS, MODELS, PROMPTS, VARIANTS, models  # noqa: F401 (models is a fixture)
