@@ -15,11 +15,10 @@ import torch
 if torch.cuda.device_count() < 2:
     pytest.skip("needs two CUDA devices", allow_module_level=True)
 
-TESTS = Path(__file__).parents[1]
-sys.path.insert(0, str(TESTS / "model"))
-sys.path.insert(0, str(TESTS / "ranks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "ranks"))
 
-from launch import run_ranks
+import launch
 from test_matrix import LENGTHS, MODELS, PROMPTS, VARIANTS, models  # noqa: F401 (models is a fixture)
 
 
@@ -39,7 +38,13 @@ def test_tokens_are_those_of_generate(tp, pp, models, tmp_path):  # noqa: F811
     ]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     results = tmp_path / "results.jsonl"
-    run_ranks(TESTS / "ranks" / "matrix_run.py", 2, str(tmp_path / "cases.json"), str(results), timeout=450)
+    launch.run_ranks(
+        Path(launch.__file__).with_name("matrix_run.py"),
+        2,
+        str(tmp_path / "cases.json"),
+        str(results),
+        timeout=450,
+    )
     failed = {}
     for record in map(json.loads, results.read_text().splitlines()):
         wanted = models(record["name"])[1]

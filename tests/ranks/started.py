@@ -23,6 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
 DEEPSPEED = (sys.executable, "-m", "deepspeed.launcher.runner", "-q")
 DS_SERVE = (sys.executable, "-m", "ds_serve")
+PROMPTS = ["What is the capital of Italy?", "Tell me about the moon.", "What is 3 + 4?"]
+MAX_TOKENS = 24
+WANTED = ("--chat", "--dtype", "float32", "--max-new-tokens", MAX_TOKENS, "--num-blocks", 128)
 START_S = 120  # for a launch on a busy machine
 END_S = 60
 

@@ -5,6 +5,7 @@ Waits are bounded, generously: how long it takes depends on the machine.
 
 from __future__ import annotations
 
+import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -39,27 +40,25 @@ def streaming(server):
             raise
 
 
-@pytest.mark.timeout(600)
-def test_each_rank_in_turn_is_killed_and_the_service_comes_back(tmp_path):
+# Each start of four ranks takes a while: `make test-all` loses each of them.
+LOSSES = [(3, signal.SIGKILL), (0, signal.SIGKILL)]
+if os.environ.get("DS_SERVE_TEST_ALL"):
+    LOSSES += [(1, signal.SIGKILL), (2, signal.SIGKILL), (1, signal.SIGSTOP)]
+
+
+@pytest.mark.timeout(900)
+def test_the_service_comes_back_from_the_loss_of_a_rank_and_ends_with_its_front(tmp_path):
     with Server(tmp_path / "s", *DS_SERVE, "serve", *MODEL, "--tp", 2, "--pp", 2) as server:
         answer = server.chat("What is the capital of France?", 16)
-        for rank in (3, 1, 0, 2):
+        for rank, number in LOSSES:
             with streaming(server) as errors:
-                server.ranks()[rank].kill()
-            assert all(error and f"rank {rank}" in error for error in errors), errors
+                server.ranks()[rank].send_signal(number)
+            assert all(error and f"rank {rank} " in error for error in errors), errors
             health = server.health()
             assert health.status_code == 503 and int(health.headers["retry-after"]) > 0
-            until(lambda: server.health().status_code == 200, START_S, server.said())
+            assert f"rank {rank} " in health.text
+            until(lambda: server.health().status_code == 200, START_S, "it does not come back")
             assert server.chat("What is the capital of France?", 16) == answer
-        with streaming(server) as errors:
-            server.ranks()[1].send_signal(signal.SIGSTOP)
-        assert all(error and "rank 1" in error and "no heartbeat" in error for error in errors), errors
-        assert "rank 1 (stage 0, tensor 1): no heartbeat" in server.health().text
-        server.terminate()
-
-
-def test_ranks_do_not_outlive_a_killed_front(tmp_path):
-    with Server(tmp_path / "s", *DS_SERVE, "serve", *MODEL, "--pp", 2) as server:
         with ThreadPoolExecutor(1) as thread:
             begun = Event()
             stream = thread.submit(server.stream, "Once", FAR, begun.set)

@@ -2,24 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
 from launch import free_port
-from started import DEEPSPEED, DS_SERVE, Server, Started
-
-PROMPTS = ["What is the capital of Italy?", "Tell me about the moon.", "What is 3 + 4?"]
-MAX_TOKENS = 24
-WANTED = ("--chat", "--dtype", "float32", "--max-new-tokens", MAX_TOKENS, "--num-blocks", 128)
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    """What one rank answers."""
-    command = (*DS_SERVE, "generate", "demo", *WANTED)
-    with Started(tmp_path_factory.mktemp("one"), *command, stdin="\n".join(PROMPTS)) as single:
-        single.end(0)
-        texts = single.out.read_text().splitlines()
-    assert len(texts) == len(PROMPTS) and all(texts)
-    return texts
+from started import DEEPSPEED, DS_SERVE, MAX_TOKENS, PROMPTS, WANTED, Server, Started
 
 
 def deepspeed(ranks, *command):
