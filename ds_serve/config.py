@@ -78,6 +78,13 @@ class Settings(BaseSettings):
     )
     prefix_caching: bool = Field(True, description="find prefixes of earlier requests in the cache")
 
+    host_cache: Bytes = Field(
+        0, ge=0, description="bytes of CPU memory for evicted prefixes (8GiB), split evenly over ranks"
+    )
+    host_checksums: bool = Field(False, description="verify host blocks when they come back")
+    max_pinned_share: float = Field(0.5, ge=0, le=1, description="share of KV blocks that may be pinned")
+    audit_share: float = Field(0.0, ge=0, le=1, description="share of prefix hits that are recomputed")
+
     max_num_seqs: int = Field(64, ge=1, le=4096, description="requests in one step at most")
     max_num_batched_tokens: int = Field(2048, ge=1, description="tokens in one step at most")
     max_queue: int = Field(10_000, ge=1, description="waiting requests at most")

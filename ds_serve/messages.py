@@ -98,19 +98,34 @@ def sibling_seed(seed: int, index: int) -> int:
 
 
 class Request(_Message, tag="request"):
-    """One sequence to continue. A lower priority number goes first; salt separates tenants' caches."""
+    """One sequence to continue. A lower priority number goes first; salt separates tenants' caches.
+
+    cache_key pins the prompt's full blocks on the device, once computed, for cache_ttl seconds: each use of
+    the key renews it, and a newer prompt replaces an older one. pin "must" is refused where the bound on
+    pinned blocks is reached; for a "hint" the pin that would expire first gives way.
+    """
 
     id: str
     prompt_token_ids: list[int]
     params: SamplingParams
     salt: str = ""
     priority: int = 0
+    cache_key: str = ""
+    cache_ttl: float = 300.0
+    pin: Literal["hint", "must"] = "hint"
 
 
 class Abort(_Message, tag="abort"):
     """Ends a request in any state. The engine still answers with one last Output."""
 
     id: str
+
+
+class Unpin(_Message, tag="unpin"):
+    """Releases what a request pinned under this key and salt; unknown keys are fine."""
+
+    cache_key: str
+    salt: str = ""
 
 
 class StatsQuery(_Message, tag="stats_query"):
@@ -137,7 +152,8 @@ class Output(_Message, tag="output"):
 
     token_ids are new since the last Output; logprobs runs beside them where it was asked for.
     stop_token_id is the id that ended it, if one did (it is the last of token_ids).
-    num_cached_tokens counts prompt tokens that were not computed again. times are seconds on the
+    num_cached_tokens counts prompt tokens that were not computed again, num_host_tokens those of them that
+    came from the host tier. times are seconds on the
     engine's monotonic clock: queued, first_scheduled, first_token (0 where not yet).
     """
 
@@ -149,6 +165,7 @@ class Output(_Message, tag="output"):
     error: str | None = None
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
+    num_host_tokens: int = 0
     times: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
@@ -156,7 +173,9 @@ class Stats(_Message, tag="stats"):
     """Gauges and totals of the engine, for /health, metrics and tests.
 
     active_s is the time with a step in flight, stage_busy_s how long of it each pipeline stage computed;
-    what is missing to active_s is a stage's bubble.
+    what is missing to active_s is a stage's bubble. cached_tokens_host is the part of cached_tokens that came
+    from the host tier; load_s the seconds of num_loads plans' loads on the slowest rank; lost_blocks were
+    evicted from the device before they were stored; bytes_per_block is of all ranks together.
     """
 
     num_running: int = 0
@@ -172,6 +191,21 @@ class Stats(_Message, tag="stats"):
     output_tokens: int = 0
     active_s: float = 0.0
     stage_busy_s: list[float] = []
+    num_host_blocks: int = 0
+    num_host_used: int = 0
+    num_pinned_blocks: int = 0
+    cached_tokens_host: int = 0
+    loaded_blocks: int = 0
+    stored_blocks: int = 0
+    failed_copies: int = 0
+    load_s: float = 0.0
+    num_loads: int = 0
+    evictions: int = 0
+    host_evictions: int = 0
+    lost_blocks: int = 0
+    audits: int = 0
+    audit_max_difference: float = 0.0
+    bytes_per_block: int = 0
 
 
 class EngineInfo(_Message, tag="info"):
@@ -184,6 +218,10 @@ class EngineInfo(_Message, tag="info"):
     num_blocks: int
     device: str
     dtype: str
+    num_host_blocks: int = 0
+    bytes_per_block: int = 0
+    copy_s_per_block: float = 0.0
+    prefill_s_per_token: float = 0.0
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
 
@@ -194,7 +232,7 @@ class EngineFailure(_Message, tag="failure"):
     reason: str
 
 
-FrontMessage = Request | Abort | StatsQuery | Shutdown
+FrontMessage = Request | Abort | Unpin | StatsQuery | Shutdown
 EngineMessage = Output | Stats | EngineInfo | EngineFailure
 
 # -- engine -> workers -------------------------------------------------------------------------
@@ -227,11 +265,17 @@ class Row(_Message):
 
 
 class StepPlan(_Message, tag="plan"):
-    """One step, the same on every rank. Differences only: workers remember the rest."""
+    """One step, the same on every rank. Differences only: workers remember the rest.
+
+    loads (host block, device block) and stores (device block, host block) run beside the rows; each rank
+    answers each of the two lists with a CopyResult. A plan without rows has no StepResult.
+    """
 
     step: int
     new: list[NewSequence] = []
     rows: list[Row] = []
+    loads: list[tuple[int, int]] = []
+    stores: list[tuple[int, int]] = []
 
 
 # -- workers -> engine -------------------------------------------------------------------------
@@ -250,3 +294,17 @@ class StepResult(_Message, tag="result"):
     step: int
     token_ids: list[int] = []
     logprobs: list[TokenLogprob | None] = []
+
+
+class CopyResult(_Message, tag="copied"):
+    """One rank has done all loads or all stores of a plan.
+
+    failed are indexes into the plan's list (a checksum that does not match, say); seconds is the time from
+    the first copy's start to the last one's end on that rank.
+    """
+
+    rank: int
+    step: int
+    kind: Literal["load", "store"]
+    failed: list[int] = []
+    seconds: float = 0.0
