@@ -6,6 +6,7 @@ The front binds both in a private folder, and the engine connects. A frame is a 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,7 @@ class IpcPort:
     """Both sockets of one engine process: Inbox.receive and deliver for the loop.
 
     front.out carries the front's messages, front.in the engine's. The front is gone when it says so
-    (Shutdown) or when its process is: front_lives is asked while the engine is idle.
+    (Shutdown) or when its process is: front_lives is asked every second, also while steps run.
     """
 
     def __init__(self, folder: str, front_lives: Callable[[], bool] = lambda: True) -> None:
@@ -30,6 +31,7 @@ class IpcPort:
         self._in = self._connect(zmq.PULL, Path(folder) / "front.out")
         self._out = self._connect(zmq.PUSH, Path(folder) / "front.in")
         self._front_lives = front_lives
+        self._looked = time.monotonic()
         self._decoder = msgspec.msgpack.Decoder(list[FrontMessage])
         self._encoder = msgspec.msgpack.Encoder()
 
@@ -47,8 +49,10 @@ class IpcPort:
             timeout = 0
         if any(isinstance(message, Shutdown) for message in messages):
             raise Closed
-        if wait and not messages and not self._front_lives():
-            raise Closed
+        if time.monotonic() - self._looked >= IDLE_POLL_MS / 1000:
+            self._looked = time.monotonic()
+            if not self._front_lives():
+                raise Closed
         return messages
 
     def deliver(self, messages: list[EngineMessage]) -> None:
