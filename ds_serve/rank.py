@@ -11,6 +11,7 @@ import atexit
 import ctypes
 import logging
 import os
+import shutil
 import signal
 import sys
 import weakref
@@ -125,6 +126,8 @@ def main(folder: str = "", front_pid: str = "0") -> int:
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         port.close()
+        if not front_lives():  # nobody else is left to remove it
+            shutil.rmtree(folder, ignore_errors=True)
     if _lead is not None:
         _lead.leave()
         logging.shutdown()

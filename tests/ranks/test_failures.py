@@ -9,6 +9,7 @@ import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from threading import Event
 
 import psutil
@@ -60,12 +61,14 @@ def test_the_service_comes_back_from_the_loss_of_a_rank_and_ends_with_its_front(
             until(lambda: server.health().status_code == 200, START_S, "it does not come back")
             assert server.chat("What is the capital of France?", 16) == answer
         with ThreadPoolExecutor(1) as thread:
-            begun = Event()
+            begun, folder = Event(), Path(server.ranks()[0].cmdline()[-2])
+            assert (folder / "settings.json").exists()
             stream = thread.submit(server.stream, "Once", FAR, begun.set)
             assert begun.wait(END_S)
             server.process.kill()
             assert stream.exception(END_S) is not None
         server.end(-signal.SIGKILL)
+        assert not folder.exists()
 
 
 BROKEN = """
