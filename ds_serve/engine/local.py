@@ -20,6 +20,7 @@ from ds_serve.messages import (
     Request,
     Stats,
     StatsQuery,
+    Unpin,
 )
 
 IDLE_WAIT_S = 1.0
@@ -82,6 +83,10 @@ class LocalEngine:
     def abort(self, request_id: str) -> None:
         """End a request; its last Output says "abort", unless it has ended already."""
         self._inbox.put(Abort(id=request_id))
+
+    def unpin(self, cache_key: str, salt: str = "") -> None:
+        """Release what a request pinned under this key and salt; unknown keys are fine."""
+        self._inbox.put(Unpin(cache_key=cache_key, salt=salt))
 
     def stats(self) -> Stats:
         """Gauges and totals, taken between two steps. Raises EngineDeadError."""

@@ -4,6 +4,7 @@
     pipe("Once", max_new_tokens=20, do_sample=False)          # [{"generated_text": "Once upon ..."}]
     for delta in pipe("Once", stream=True): ...               # text as it comes
     await pipe.agenerate(prompts), async for delta in pipe.astream("Once"): ...
+    with pipe.prefill(system_prompt): pipe(...)               # a prefix that stays cached
 
 Inputs, arguments, defaults and the shape of results are transformers'; what is not offered is
 refused by name (args.py). It is a front: it knows text and requests, neither blocks nor tensors.
@@ -15,19 +16,20 @@ import asyncio
 import contextlib
 import queue
 import sys
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ds_serve.config import Settings
 from ds_serve.generation.args import ENCODE, RETURN, check_names, config_fields, resolve_generate, return_type
+from ds_serve.generation.handles import Prefill, PrefixHandle
 from ds_serve.generation.run import Call, Event, GenerationError, Run, Sequence
 from ds_serve.generation.text import Input, Texts
 from ds_serve.launch import check_world, ranks
 from ds_serve.messages import Output
 from ds_serve.text.codec import TextCodec
 
-__all__ = ["GenerationError", "TextGenerationPipeline", "pipeline"]
+__all__ = ["GenerationError", "PrefixHandle", "TextGenerationPipeline", "pipeline"]
 
 MAX_INPUTS_IN_FLIGHT = 512  # keeps a long list from filling the engine's queue
 PROGRESS_FROM = 8  # prompts, on a terminal
@@ -86,7 +88,7 @@ class TextGenerationPipeline:
         self._texts = Texts(tokenizer)
         self._closed = False
         check_names(self._defaults)
-        self._resolve({})
+        self._plain = self._resolve({})
 
     def __call__(self, text_inputs: Any, **arguments: Any) -> Any:
         """Continues a string, a list of strings, a chat (a list of dicts) or a list of chats.
@@ -133,6 +135,34 @@ class TextGenerationPipeline:
                 if delta:
                     yield delta if single else (index, delta)
 
+    def prefill(
+        self, prompt: Any, *, ttl: float = 300.0, pin: bool = True, salt: str | None = None, **arguments: Any
+    ) -> PrefixHandle:
+        """Computes a prompt's KV before the calls that begin with it, and keeps it on the device.
+
+        prompt is a string, or a chat's first messages (a system prompt, a document): a call with these and
+        more messages after them is then computed from there on. Only full KV blocks are kept, so of n tokens
+        the last n % block_size are not; and of a string that goes on in the middle of a word the last tokens
+        may differ. With pin=True nothing evicts them for ttl seconds, or until the handle is released; with
+        pin=False they are cached like any prompt. salt stands for the calls' cache_salt: calls with another
+        one do not find them. arguments are those of a call that change its prompt (tools, prefix, ...).
+        Raises ValueError or TypeError naming a bad argument, ValueError for a prompt that leaves the model's
+        context no room, GenerationError, in the engine's words, where pins would exceed max_pinned_share.
+        """
+        prefill = self._prefill(prompt, ttl, pin, salt, arguments)
+        arrived: queue.SimpleQueue[Output] = queue.SimpleQueue()
+        with prefill.running(arrived.put):
+            return prefill.handle(arrived.get())
+
+    async def aprefill(
+        self, prompt: Any, *, ttl: float = 300.0, pin: bool = True, salt: str | None = None, **arguments: Any
+    ) -> PrefixHandle:
+        """As prefill, without blocking the event loop. Cancelled, it leaves nothing pinned."""
+        prefill = self._prefill(prompt, ttl, pin, salt, arguments)
+        arrived: asyncio.Queue[Output] = asyncio.Queue()
+        with prefill.running(_onto_loop(arrived.put_nowait)):
+            return prefill.handle(await arrived.get())
+
     def close(self) -> None:
         """Ends the engine; open calls end with an error. May be called again."""
         if not self._closed:
@@ -159,11 +189,10 @@ class TextGenerationPipeline:
             arguments, self._defaults, self._model_fields, self.tokenizer.pad_token_id
         )
         merged = {**self._defaults, **arguments}
-        encode = {name: merged[name] for name in ENCODE & merged.keys() if merged[name] is not None}
         output = {name: merged[name] for name in RETURN & merged.keys()}
         call = Call(
             generate=generate,
-            encode=encode,
+            encode=self._encoding(merged),
             returns=return_type(output),
             skip_special_tokens=output.get("skip_special_tokens") is not False,
             clean_up=output.get("clean_up_tokenization_spaces"),
@@ -172,13 +201,36 @@ class TextGenerationPipeline:
             progress=merged.get("progress"),
             max_inputs=_max_inputs(merged, self._max_inputs),
         )
-        self._texts.check(encode)
         call.check()
         vocabulary = self.engine.info.vocab_size
         beyond = [token for token in generate.own.get("logit_bias") or {} if not 0 <= int(token) < vocabulary]
         if beyond:
             raise ValueError(f"logit_bias: token ids {beyond} are outside the vocabulary of {vocabulary}")
         return call
+
+    def _encoding(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        encode = {name: arguments[name] for name in ENCODE & arguments.keys() if arguments[name] is not None}
+        self._texts.check(encode)
+        return encode
+
+    def _prefill(
+        self, prompt: Any, ttl: float, pin: bool, salt: str | None, arguments: Mapping[str, Any]
+    ) -> Prefill:
+        unknown = sorted(arguments.keys() - ENCODE)
+        if unknown:
+            raise TypeError(f"prefill: {unknown[0]} changes no prompt, so it is not an argument here")
+        inputs, single = self._texts.inputs(prompt)
+        if not single:
+            raise ValueError("prompt: prefill takes one prompt or one chat; call it for each")
+        [value] = inputs
+        generate = self._plain.generate
+        encoded = self._texts.encode(
+            value, self._encoding({**self._defaults, **arguments}), generate, answer=False
+        )
+        if salt is None:
+            salt = generate.own.get("cache_salt") or ""
+        priority = generate.own.get("priority") or 0
+        return Prefill.of(self.engine, encoded.token_ids, ttl=ttl, pin=pin, salt=salt, priority=priority)
 
     def _records(self, inputs: Iterable[Input], call: Call) -> Iterator[list[dict[str, Any]]]:
         """Each input's records, in the order of the inputs."""
@@ -210,18 +262,24 @@ class TextGenerationPipeline:
 
     async def _run_async(self, inputs: Iterable[Input], call: Call) -> AsyncIterator[Event]:
         arrived: asyncio.Queue[tuple[Sequence, Output]] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def emit(*item: Any) -> None:
-            with contextlib.suppress(RuntimeError):  # the event loop has been closed
-                loop.call_soon_threadsafe(arrived.put_nowait, item)
-
-        run = Run(self.engine, self._texts, call, inputs, emit)
+        emit = _onto_loop(arrived.put_nowait)
+        run = Run(self.engine, self._texts, call, inputs, lambda *item: emit(item))
         try:
             while run.fill():
                 yield run.take(*(await arrived.get()))
         finally:
             run.abort()
+
+
+def _onto_loop(put: Callable[[Any], None]) -> Callable[[Any], None]:
+    """put, to be called from another thread: it runs on the event loop, or not at all once that is closed."""
+    loop = asyncio.get_running_loop()
+
+    def emit(item: Any) -> None:
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(put, item)
+
+    return emit
 
 
 def _follow_rank_0(settings: Settings) -> None:

@@ -63,8 +63,13 @@ class Texts:
         if forbidden:
             raise ValueError(f"tokenizer_encode_kwargs: {sorted(forbidden)[0]} cannot be set")
 
-    def encode(self, value: Input, arguments: Mapping[str, Any], generate: GenerateArgs) -> Prompt:
-        """Raises ValueError where the prompt is empty and the model has no BOS, or the template refuses."""
+    def encode(
+        self, value: Input, arguments: Mapping[str, Any], generate: GenerateArgs, *, answer: bool = True
+    ) -> Prompt:
+        """With answer=False a prompt that others go on from: no generation prompt, and nothing is cut off.
+
+        Raises ValueError where the prompt is empty and the model has no BOS, or the template refuses.
+        """
         names = ("add_special_tokens", "truncation", "max_length")
         options = {name: arguments[name] for name in names if name in arguments}
         if not options.get("truncation"):
@@ -75,11 +80,11 @@ class Texts:
             if isinstance(value, str):
                 token_ids = list(self.tokenizer(prefix + value, verbose=False, **options)["input_ids"])
             else:
-                token_ids = self._encode_chat(value, arguments, options)
+                token_ids = self._encode_chat(value, arguments, options, answer)
             if prefix:
                 added = bool(arguments.get("add_special_tokens"))
                 prefix_length = len(self.tokenizer(prefix, add_special_tokens=added)["input_ids"])
-        if arguments.get("handle_long_generation") == "hole":
+        if answer and arguments.get("handle_long_generation") == "hole":
             token_ids = self._cut_hole(token_ids, generate)
         if token_ids:
             return Prompt(value, token_ids, prefix_length)
@@ -88,12 +93,14 @@ class Texts:
             raise ValueError("text_inputs: an empty prompt, and the model has no bos_token_id to start from")
         return Prompt(value, [bos], prefix_length, num_hidden=1)
 
-    def _encode_chat(self, chat: list, arguments: Mapping[str, Any], options: dict[str, Any]) -> list[int]:
+    def _encode_chat(
+        self, chat: list, arguments: Mapping[str, Any], options: dict[str, Any], answer: bool
+    ) -> list[int]:
         options.pop("add_special_tokens", None)  # the template writes them
-        open_end = _continues(chat, arguments)
+        open_end = _continues(chat, arguments) if answer else bool(arguments.get("continue_final_message"))
         ids = self.tokenizer.apply_chat_template(
             chat,
-            add_generation_prompt=not open_end,
+            add_generation_prompt=answer and not open_end,
             continue_final_message=open_end,
             tools=arguments.get("tools"),
             documents=arguments.get("documents"),

@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
 
 import msgspec
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
@@ -19,7 +20,7 @@ from ds_serve.server.client import EngineDeadError
 from ds_serve.server.completions import completions
 from ds_serve.server.errors import ApiError, from_validation
 from ds_serve.server.front import Front
-from ds_serve.server.protocol import ChatBody, CompletionBody
+from ds_serve.server.protocol import MAX_CACHE_KEY_CHARS, ChatBody, CompletionBody
 from ds_serve.server.replies import ClientGone, json_reply
 
 _STATS_TIMEOUT_S = 1.0
@@ -61,6 +62,18 @@ def _add_openai_routes(app: FastAPI, front: Front) -> None:
     @app.post("/v1/chat/completions")
     async def create_chat_completion(body: ChatBody, http: Request) -> Response:
         return await chat_completions(front, body, http)
+
+    @app.delete("/v1/cache/{prompt_cache_key:path}", status_code=204)
+    async def release_cache_key(
+        prompt_cache_key: Annotated[str, Path(min_length=1, max_length=MAX_CACHE_KEY_CHARS)],
+        cache_salt: Annotated[str, Query(description="the salt that the key was used with")] = "",
+    ) -> Response:
+        """Lets go what is kept under this prompt_cache_key and cache_salt; 204 also where that is nothing.
+
+        The blocks stay cached until their memory is needed.
+        """
+        front.client.unpin(prompt_cache_key, cache_salt)
+        return Response(status_code=204)
 
 
 def _add_service_routes(app: FastAPI, front: Front) -> None:

@@ -31,6 +31,7 @@ from ds_serve.messages import (
     Shutdown,
     Stats,
     StatsQuery,
+    Unpin,
 )
 
 
@@ -127,6 +128,11 @@ class EngineClient:
     async def abort(self, request_id: str) -> None:
         """Ends a request here and in the engine; its iterator gives no more outputs. Unknown ids are fine."""
         self._abort(request_id)
+
+    def unpin(self, cache_key: str, salt: str = "") -> None:
+        """Releases the prefix kept under this key and salt; unknown keys are fine. Raises EngineDeadError."""
+        self.check()
+        self._send(Unpin(cache_key=cache_key, salt=salt))
 
     async def stats(self) -> Stats:
         """The engine's gauges and totals now. Raises EngineDeadError."""
@@ -242,5 +248,6 @@ def _merge(outputs: list[Output]) -> Output:
         logprobs=logprobs or None,
         num_prompt_tokens=max(output.num_prompt_tokens for output in outputs),
         num_cached_tokens=max(output.num_cached_tokens for output in outputs),
+        num_host_tokens=max(output.num_host_tokens for output in outputs),
         times=tuple(max(moments) for moments in zip(*(output.times for output in outputs), strict=True)),
     )

@@ -66,9 +66,9 @@ def from_value_error(error: ValueError) -> ApiError:
 
 
 def from_validation(errors: Sequence[dict[str, Any]]) -> ApiError:
-    """400 from pydantic's list of what is wrong: the first of it, with its path in the body."""
+    """400 from FastAPI's list of what is wrong: the first of it, with its path in the body."""
     first = errors[0]
-    path = [str(part) for part in first["loc"] if part != "body"]
+    path = [str(part) for part in first["loc"][1:]]  # after the place: body, path or query
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first['ctx']['error']}")
     if not path and first["type"] == "value_error":

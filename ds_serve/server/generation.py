@@ -55,7 +55,7 @@ class Generation:
     """n choices of each prompt; choice i of all is choice i % n of prompt i // n.
 
     The j-th choice of a prompt has its seed plus j, so that a given seed gives n different texts,
-    the same at each call.
+    the same at each call. cache_key pins each prompt once, not once a choice.
     """
 
     def __init__(
@@ -69,6 +69,8 @@ class Generation:
         stop: list[str] | None = None,
         salt: str = "",
         priority: int = 0,
+        cache_key: str = "",
+        cache_ttl: float = 300.0,
     ) -> None:
         self._client = client
         self._n = n
@@ -80,6 +82,8 @@ class Generation:
                 params=msgspec.structs.replace(prompt.params, seed=sibling_seed(prompt.params.seed, j)),
                 salt=salt,
                 priority=priority,
+                cache_key=cache_key if j == 0 else "",
+                cache_ttl=cache_ttl,
             )
             for i, prompt in enumerate(prompts)
             for j in range(n)
@@ -107,15 +111,21 @@ class Generation:
         return [join(part) for part in parts]
 
     def usage(self) -> dict:
-        """Token counts so far: prompts once each, outputs of all choices."""
+        """Token counts so far: prompts once each, outputs of all choices.
+
+        cached_tokens were not computed again; host_cached_tokens, our own field, are those of them that came
+        from CPU memory.
+        """
         prompt_tokens = sum(len(prompt.token_ids) for prompt in self.prompts)
         completion_tokens = sum(choice.num_tokens for choice in self._choices)
-        cached = sum(choice.num_cached_tokens for choice in self._choices[:: self._n])
+        firsts = self._choices[:: self._n]
+        cached = sum(choice.num_cached_tokens for choice in firsts)
+        from_host = sum(choice.num_host_tokens for choice in firsts)
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": cached},
+            "prompt_tokens_details": {"cached_tokens": cached, "host_cached_tokens": from_host},
         }
 
 
@@ -125,6 +135,7 @@ class _Choice:
     def __init__(self, codec: TextCodec, request: Request, stop: list[str]) -> None:
         self.num_tokens = 0
         self.num_cached_tokens = 0
+        self.num_host_tokens = 0
         self._detokenizer = Detokenizer(
             codec.backend,
             stop=stop,
@@ -146,6 +157,7 @@ class _Choice:
         taken = self._detokenizer.num_tokens - before
         self.num_tokens += taken + (ended and not stopped)
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+        self.num_host_tokens = max(self.num_host_tokens, output.num_host_tokens)
         return Delta(
             index,
             text,

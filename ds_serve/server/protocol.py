@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024  # each; the search for a beginning of one grows with its square
+MAX_CACHE_KEY_CHARS = 256
 
 
 def _encodable(text: str) -> str:
@@ -65,7 +66,18 @@ class GenerationBody(_Body):
     ignore_eos: bool = False
     stop_token_ids: list[int] = []
     priority: int = 0
-    cache_salt: Text = ""
+    cache_salt: Text = Field("", description="prompts find cached prefixes of their own salt only")
+    prompt_cache_key: Text = Field(
+        "",
+        max_length=MAX_CACHE_KEY_CHARS,
+        description="Keeps the prompt's full KV blocks on the device until prompt_cache_ttl has passed since "
+        "the key's last use. A newer prompt under the same key and cache_salt takes its place; of several "
+        "prompts in one call the last to be computed stays. A hint: kept blocks are bounded, and what would "
+        "expire first gives way. Prefixes are found without it, whatever the keys, and it routes nothing.",
+    )
+    prompt_cache_ttl: float = Field(
+        300.0, ge=1, le=86400, description="seconds; only where prompt_cache_key is given"
+    )
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -80,9 +92,11 @@ class GenerationBody(_Body):
         return strings
 
     @model_validator(mode="after")
-    def _stream_options_need_stream(self) -> GenerationBody:
+    def _options_need_what_they_are_of(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: only where stream is true")
+        if "prompt_cache_ttl" in self.model_fields_set and not self.prompt_cache_key:
+            raise ValueError("prompt_cache_ttl: only where prompt_cache_key is given")
         return self
 
 

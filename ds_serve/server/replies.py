@@ -81,6 +81,8 @@ async def reply(
         stop=body.stop,
         salt=body.cache_salt,
         priority=body.priority,
+        cache_key=body.prompt_cache_key,
+        cache_ttl=body.prompt_cache_ttl,
     )
     if not body.stream:
         whole = await _unless_gone(http, generation.collect())
