@@ -68,7 +68,11 @@ class Bench:
 
 def measure(args: argparse.Namespace, pp: int) -> dict:
     settings = Settings(
-        model=args.folder, pipeline_parallel=pp, num_threads=1, max_num_batched_tokens=args.chunk
+        model=args.folder,
+        pipeline_parallel=pp,
+        stage_layers=args.stage_layers if pp > 1 else None,
+        num_threads=1,
+        max_num_batched_tokens=args.chunk,
     )
     bench = Bench(settings)
     bench.run(4, args.chunk, 8)
@@ -103,6 +107,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a directory, or a shape of benchmarks/shapes.py")
     parser.add_argument("--pp", type=int, default=2)
+    parser.add_argument("--stage-layers", help="10,20: so that stages take equal time; a head costs time too")
     parser.add_argument("--chunk", type=int, default=128, help="tokens of a chunk")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--out", type=int, default=32)
