@@ -5,10 +5,9 @@ Used by the scheduler for every step and at admission. Knows the sizes of things
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ds_serve.cache.manager import CacheManager
-from ds_serve.engine.sequence import Sequence
 from ds_serve.messages import Request
 
 # In a pipeline all prompt tokens at hand are cut into this many chunks for each stage. One would leave stages
@@ -43,55 +42,6 @@ class Limits:
         if self.num_batches == 1:
             return self.max_num_batched_tokens
         return max(MIN_CHUNK_TOKENS, -(-num_prompt_tokens // (CHUNKS_PER_STAGE * self.num_batches)))
-
-
-@dataclass(slots=True)
-class Draft:
-    """A step in the making: no counter of a sequence moves before it is made into a plan.
-
-    num_decodes         rows of a running sequence's single token that it may still take
-    num_prompt_tokens   what all micro-batches share
-    budget, chunks      tokens that it may still take, and how many of them in prompt chunks; below 1: none
-    """
-
-    limits: Limits
-    num_decodes: int
-    num_prompt_tokens: int = 0
-    budget: int = field(init=False)
-    chunks: int = field(init=False)
-    counts: dict[Sequence, int] = field(default_factory=dict)
-    new_blocks: dict[Sequence, list[int]] = field(default_factory=dict)
-    admitted: list[Sequence] = field(default_factory=list)
-    short_of_blocks: bool = False
-
-    def __post_init__(self) -> None:
-        self.budget = self.limits.max_num_batched_tokens
-        self.chunks = self.limits.chunk_tokens(self.num_prompt_tokens)
-
-    def room(self, gap: int, is_decode: bool = False) -> int:
-        """How many of a sequence's gap tokens it may take; below 1: none."""
-        if is_decode:
-            return min(gap, self.budget, self.num_decodes)
-        return min(gap, self.budget, self.chunks)
-
-    def take(self, sequence: Sequence, count: int, new_blocks: list[int], is_decode: bool = False) -> None:
-        self.counts[sequence] = count
-        self.new_blocks[sequence] = new_blocks
-        self.budget -= count
-        if is_decode:
-            self.num_decodes -= 1
-        else:
-            self.chunks -= count
-
-    def give_back(self, sequence: Sequence) -> None:
-        """Refund the budget of a sequence that lost its place to a chunk, if it had one: it was a decode."""
-        self.budget += self.counts.pop(sequence, 0)
-
-    def discount(self, num_cached: int) -> None:
-        """Tokens that the cache holds are no work: each micro-batch's share becomes smaller."""
-        before = self.limits.chunk_tokens(self.num_prompt_tokens)
-        self.num_prompt_tokens -= num_cached
-        self.chunks -= before - self.limits.chunk_tokens(self.num_prompt_tokens)
 
 
 def refusal(request: Request, limits: Limits, cache: CacheManager) -> str | None:

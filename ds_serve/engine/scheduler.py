@@ -17,34 +17,24 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from ds_serve.cache.manager import CacheManager
-from ds_serve.engine.limits import Draft, Limits, refusal
+from ds_serve.engine import integrity
+from ds_serve.engine.limits import Limits, refusal
+from ds_serve.engine.plan import Draft, Part
 from ds_serve.engine.sequence import Sequence
 from ds_serve.messages import (
     INVALID_TOKEN,
     FinishReason,
-    NewSequence,
     Output,
     Request,
-    Row,
     Stats,
     StepPlan,
     StepResult,
     TokenLogprob,
 )
-
-
-@dataclass(slots=True)
-class _Part:
-    """A sequence's part in a planned step: count tokens; samples if they reach the sequence's end."""
-
-    sequence: Sequence
-    count: int
-    samples: bool
 
 
 class Scheduler:
@@ -59,7 +49,7 @@ class Scheduler:
         self._waiting: list[Sequence] = []  # sorted by key
         self._running: list[Sequence] = []  # sorted by key; each holds a slot
         self._landing: list[Sequence] = []  # ended with steps in flight; each still holds a slot
-        self._in_flight: deque[tuple[int, list[_Part]]] = deque()
+        self._in_flight: deque[tuple[int, list[Part]]] = deque()
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
         self._arrivals = 0
         self._totals = dict.fromkeys(
@@ -206,7 +196,6 @@ class Scheduler:
             cached = self.cache.take_prefix(sequence.table, matched)
             self.cache.grow(sequence.table, cached + count)
             self._start(sequence, cached)
-            draft.admitted.append(sequence)
             draft.take(sequence, count, list(sequence.table.block_ids))
 
     def _promised_blocks(self) -> int:
@@ -227,38 +216,10 @@ class Scheduler:
             self._totals["cached_tokens"] += cached
 
     def _plan(self, draft: Draft) -> StepPlan:
-        step = self._totals["num_steps"]
+        plan, parts = draft.make(self._totals["num_steps"])
         self._totals["num_steps"] += 1
-        new = [
-            NewSequence(
-                slot=sequence.slot,
-                token_ids=list(sequence.token_ids),
-                num_prompt_tokens=sequence.num_prompt_tokens,
-                params=sequence.request.params,
-            )
-            for sequence in draft.admitted
-        ]
-        rows, parts = [], []
-        for sequence, count in draft.counts.items():
-            start = sequence.num_scheduled
-            samples = start + count == sequence.num_tokens
-            drawn = sequence.token_ids[max(start, sequence.num_admitted) : start + count]
-            rows.append(
-                Row(
-                    slot=sequence.slot,
-                    start=start,
-                    count=count,
-                    new_block_ids=draft.new_blocks[sequence],
-                    sample=samples,
-                    token_ids=drawn if self._is_pipeline else [],
-                )
-            )
-            parts.append(_Part(sequence, count, samples))
-            sequence.num_scheduled += count
-            sequence.num_pending += samples
-            sequence.num_in_flight += 1
-        self._in_flight.append((step, parts))
-        return StepPlan(step=step, new=new, rows=rows)
+        self._in_flight.append((plan.step, parts))
+        return plan
 
     # -- a result in -----------------------------------------------------------------------------
 
@@ -284,7 +245,7 @@ class Scheduler:
                 outputs.append(output)
         return outputs
 
-    def _land_part(self, part: _Part, sampled: tuple[int, TokenLogprob | None] | None) -> Output | None:
+    def _land_part(self, part: Part, sampled: tuple[int, TokenLogprob | None] | None) -> Output | None:
         sequence = part.sequence
         sequence.num_in_flight -= 1
         if sequence.is_finished:  # ended meanwhile: the token is dropped, its place consumed
@@ -372,23 +333,7 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless queues, slots, counters and both books of blocks are whole."""
-        holders = self._running + self._landing
-        self.cache.check_integrity(sequence.table for sequence in holders)
-        slots = sorted(self._free_slots + [sequence.slot for sequence in holders])
-        assert slots == list(range(self.limits.max_num_seqs)), f"slots lost or shared: {slots}"
-        assert self._waiting == sorted(self._waiting, key=_key), "waiting out of order"
-        assert self._running == sorted(self._running, key=_key), "running out of order"
-        open_now = {sequence.request.id for sequence in self._waiting + self._running}
-        assert open_now == set(self._sequences), f"requests lost: {open_now ^ set(self._sequences)}"
-        assert all(sequence.num_in_flight for sequence in self._landing), "an ended sequence holds blocks"
-        in_flight = Counter(part.sequence for _, parts in self._in_flight for part in parts)
-        found = {sequence: sequence.num_in_flight for sequence in holders if sequence.num_in_flight}
-        assert found == in_flight, "steps in flight and their sequences' counters differ"
-        for sequence in self._running:
-            counters = (sequence.num_computed, sequence.num_scheduled, sequence.num_tokens)
-            assert 0 <= counters[0] <= counters[1] <= counters[2], f"{sequence.request.id}: {counters}"
-            held = len(sequence.table.block_ids) * self.cache.block_size
-            assert held >= sequence.num_scheduled, f"{sequence.request.id}: too few blocks"
+        integrity.check(self)
 
 
 def _key(sequence: Sequence) -> tuple[int, int]:

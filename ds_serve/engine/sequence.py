@@ -32,6 +32,7 @@ class Sequence:
         "finish_reason",
         "first_scheduled_at",
         "first_token_at",
+        "is_announced",
         "num_admitted",
         "num_cached_tokens",
         "num_computed",
@@ -62,6 +63,7 @@ class Sequence:
         self.num_in_flight = 0  # steps
         self.num_cached_tokens: int | None = None  # set once, at the first admission
         self.slot: int | None = None  # holds a slot exactly while it holds blocks
+        self.is_announced = False  # the ranks know that it has the slot
         self.draining = False  # chosen as a victim while in flight: preempted once it has landed
         self.finish_reason: FinishReason | None = None
         self.queued_at = now
@@ -100,4 +102,5 @@ class Sequence:
         """Back to nothing computed (its blocks are given back by the caller); tokens stay."""
         self.num_scheduled = self.num_computed = 0
         self.slot = None
+        self.is_announced = False
         self.draining = False

@@ -1,0 +1,109 @@
+"""A step in the making, and the plan that comes of it.
+
+The scheduler fills a Draft, then has it made into a StepPlan. Knows neither queue, cache nor clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ds_serve.engine.limits import Limits
+from ds_serve.engine.sequence import Sequence
+from ds_serve.messages import NewSequence, Row, StepPlan
+
+
+@dataclass(slots=True)
+class Part:
+    """A sequence's part in a planned step: count tokens; samples if they reach the sequence's end."""
+
+    sequence: Sequence
+    count: int
+    samples: bool
+
+
+@dataclass(slots=True)
+class Draft:
+    """A step in the making: no counter of a sequence moves before it is made into a plan.
+
+    num_decodes         rows of a running sequence's single token that it may still take
+    num_prompt_tokens   what all micro-batches share
+    budget, chunks      tokens that it may still take, and how many of them in prompt chunks; below 1: none
+    """
+
+    limits: Limits
+    num_decodes: int
+    num_prompt_tokens: int = 0
+    budget: int = field(init=False)
+    chunks: int = field(init=False)
+    counts: dict[Sequence, int] = field(default_factory=dict)
+    new_blocks: dict[Sequence, list[int]] = field(default_factory=dict)
+    short_of_blocks: bool = False
+
+    def __post_init__(self) -> None:
+        self.budget = self.limits.max_num_batched_tokens
+        self.chunks = self.limits.chunk_tokens(self.num_prompt_tokens)
+
+    def room(self, gap: int, is_decode: bool = False) -> int:
+        """How many of a sequence's gap tokens it may take; below 1: none."""
+        if is_decode:
+            return min(gap, self.budget, self.num_decodes)
+        return min(gap, self.budget, self.chunks)
+
+    def take(self, sequence: Sequence, count: int, new_blocks: list[int], is_decode: bool = False) -> None:
+        self.counts[sequence] = count
+        self.new_blocks[sequence] = new_blocks
+        self.budget -= count
+        if is_decode:
+            self.num_decodes -= 1
+        else:
+            self.chunks -= count
+
+    def give_back(self, sequence: Sequence) -> None:
+        """Refund the budget of a sequence that lost its place to a chunk, if it had one: it was a decode."""
+        self.budget += self.counts.pop(sequence, 0)
+
+    def discount(self, num_cached: int) -> None:
+        """Tokens that the cache holds are no work: each micro-batch's share becomes smaller."""
+        before = self.limits.chunk_tokens(self.num_prompt_tokens)
+        self.num_prompt_tokens -= num_cached
+        self.chunks -= before - self.limits.chunk_tokens(self.num_prompt_tokens)
+
+    def make(self, step: int) -> tuple[StepPlan, list[Part]]:
+        """The plan's sequences and rows, and each sequence's part in it; their counters move now.
+
+        A sequence's first rows bring the sequence itself and all of its blocks.
+        """
+        new, rows, parts = [], [], []
+        for sequence, count in self.counts.items():
+            start = sequence.num_scheduled
+            samples = start + count == sequence.num_tokens
+            new_blocks = self.new_blocks[sequence]
+            if not sequence.is_announced:
+                sequence.is_announced = True
+                new.append(_new(sequence))
+                new_blocks = list(sequence.table.block_ids)
+            drawn = sequence.token_ids[max(start, sequence.num_admitted) : start + count]
+            rows.append(
+                Row(
+                    slot=sequence.slot,
+                    start=start,
+                    count=count,
+                    new_block_ids=new_blocks,
+                    sample=samples,
+                    token_ids=drawn if self.limits.num_stages > 1 else [],
+                )
+            )
+            parts.append(Part(sequence, count, samples))
+            sequence.num_scheduled += count
+            sequence.num_pending += samples
+            sequence.num_in_flight += 1
+        return StepPlan(step=step, new=new, rows=rows), parts
+
+
+def _new(sequence: Sequence) -> NewSequence:
+    return NewSequence(
+        slot=sequence.slot,
+        token_ids=list(sequence.token_ids),
+        num_prompt_tokens=sequence.num_prompt_tokens,
+        params=sequence.request.params,
+    )
