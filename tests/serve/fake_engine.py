@@ -28,6 +28,7 @@ from ds_serve.messages import (
     Shutdown,
     Stats,
     TokenLogprob,
+    Unpin,
 )
 
 INFO = EngineInfo(
@@ -52,6 +53,7 @@ class FakeEngine(threading.Thread):
         )
         self.requests: list[Request] = []
         self.aborted: list[str] = []
+        self.unpinned: list[Unpin] = []
         self.hold = threading.Event()
         self._leaving: str | None = None
         self._open: dict[str, list[Output]] = {}
@@ -93,8 +95,19 @@ class FakeEngine(threading.Thread):
             self.aborted.append(message.id)
             if self._open.pop(message.id, None) is not None:
                 self._send(Output(id=message.id, finish_reason="abort"))
+        elif isinstance(message, Unpin):
+            self.unpinned.append(message)
         else:
-            self._send(Stats(num_running=len(self._open), num_finished=len(self.requests)))
+            self._send(self.stats())
+
+    def stats(self) -> Stats:
+        return Stats(
+            num_running=len(self._open),
+            num_finished=len(self.requests),
+            num_pinned_blocks=3,
+            cached_tokens_host=5,
+            load_s=0.25,
+        )
 
     def _step(self) -> None:
         if not self._open:
@@ -127,6 +140,7 @@ def outputs(request: Request, token_ids: list[int]) -> list[Output]:
                 stop_token_id=token if last and ended else None,
                 num_prompt_tokens=len(request.prompt_token_ids),
                 num_cached_tokens=2,
+                num_host_tokens=1,
             )
         )
     return result

@@ -1,141 +1,14 @@
 """The OpenAI routes over a real uvicorn, a small tokenizer, and a fake engine."""
 
-import asyncio
 import contextlib
 import json
-import threading
-import time
-from types import SimpleNamespace
 
 import httpx
 import openai
 import pytest
-import uvicorn
-from fake_engine import FakeEngine
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from fake_server import ANSWER, HELLO, Server, error_of, until
 
-from ds_serve.server.app import create_app
-from ds_serve.server.client import EngineClient
-from ds_serve.server.front import Front
-from ds_serve.server.run import _listen
-from ds_serve.text.codec import TextCodec
-from ds_serve.text.defaults import GenerationDefaults
-
-ANSWER = "hello there, 🙂 world"
-HELLO = [{"role": "user", "content": "hello"}]
-
-
-@pytest.fixture(scope="module")
-def codec(tmp_path_factory):
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    tokenizer.train_from_iterator(["hello world, hello there"], trainer)
-    path = tmp_path_factory.mktemp("model")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-    fast.chat_template = (
-        "{{ bos_token }}{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}"
-        "{{ mood }}{% if add_generation_prompt %}assistant:{% endif %}"
-    )
-    fast.save_pretrained(path)
-    return TextCodec(path)
-
-
-class Server:
-    """uvicorn, client and fake engine; the first two on a loop in a thread of their own."""
-
-    def __init__(self, codec, folder):
-        self.codec, self.folder = codec, folder
-        self.defaults = GenerationDefaults(eos_token_ids=(1,), temperature=0.7, top_k=20)
-        self.engine = FakeEngine(
-            folder, lambda request: self.reply(request), refusal=lambda r: self.refusal(r)
-        )
-        self._up, self._down = threading.Event(), None
-        self.reset()
-
-    def reset(self):
-        self.reply = lambda request: self.codec.encode(ANSWER)
-        self.refusal = lambda request: None
-        self.engine.requests.clear()
-        self.engine.aborted.clear()
-        self.engine.hold.clear()
-        self.engine.step_s = 0.0
-
-    def start(self):
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), daemon=True)
-        self._thread.start()
-        assert self._up.wait(20)
-        self.openai = openai.OpenAI(base_url=self.url + "/v1", api_key="none", max_retries=0, timeout=20)
-        self.http = httpx.Client(base_url=self.url, timeout=20)
-
-    def stop(self):
-        self.engine.leave("test over")
-        self._down()
-        self._thread.join(10)
-
-    async def _main(self):
-        client = EngineClient(self.folder)
-        await client.start()
-        self.engine.start()
-        await client.wait_ready()
-        front = Front("fake", self.defaults, Backend(client), created=1, codec=self.codec)
-        socket = _listen("127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{socket.getsockname()[1]}"
-        server = uvicorn.Server(uvicorn.Config(create_app(front), log_level="warning", lifespan="off"))
-        server.capture_signals = contextlib.nullcontext
-        loop = asyncio.get_running_loop()
-        self._down = lambda: loop.call_soon_threadsafe(setattr, server, "should_exit", True)
-        self._up.set()
-        await server.serve(sockets=[socket])
-        await client.close()
-
-    def post(self, route, **body):
-        return self.http.post(f"/v1/{route}", json={"model": "fake"} | body)
-
-    def chat(self, **body):
-        return self.openai.chat.completions.create(**({"model": "fake", "messages": HELLO} | body))
-
-
-class Backend:
-    retry_after_s = 7
-
-    def __init__(self, client):
-        self._client = client
-
-    @property
-    def client(self):
-        self._client.check()
-        return self._client
-
-
-@pytest.fixture(scope="module")
-def running(codec, tmp_path_factory):
-    server = Server(codec, tmp_path_factory.mktemp("ipc"))
-    server.start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def server(running):
-    running.reset()
-    return running
-
-
-def until(condition):
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def error_of(response):
-    return response.status_code, SimpleNamespace(**response.json()["error"])
-
+from ds_serve.messages import Stats
 
 # -- answers -----------------------------------------------------------------------------------
 
@@ -155,7 +28,8 @@ def test_chat_answer(server):
     assert answer.usage.prompt_tokens == len(sent.prompt_token_ids)
     assert answer.usage.completion_tokens == tokens
     assert answer.usage.total_tokens == tokens + len(sent.prompt_token_ids)
-    assert answer.usage.prompt_tokens_details.cached_tokens == 2
+    details = answer.usage.prompt_tokens_details
+    assert (details.cached_tokens, details.host_cached_tokens) == (2, 1)
 
 
 def test_chat_stream(server):
@@ -198,7 +72,9 @@ def test_n_choices_have_seeds_of_their_own_and_a_common_prompt(server):
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
     assert sorted(request.params.seed for request in server.engine.requests) == [5, 6, 7]
     assert answer.usage.prompt_tokens == len(server.engine.requests[0].prompt_token_ids)
-    assert answer.usage.completion_tokens == 9 and answer.usage.prompt_tokens_details.cached_tokens == 2
+    assert answer.usage.completion_tokens == 9
+    details = answer.usage.prompt_tokens_details
+    assert (details.cached_tokens, details.host_cached_tokens) == (2, 1)
     chunks = list(server.chat(n=2, stream=True, max_tokens=3))
     assert [chunk.choices[0].index for chunk in chunks[:2]] == [0, 1]
     assert sorted(c.choices[0].index for c in chunks if c.choices[0].finish_reason) == [0, 1]
@@ -226,7 +102,7 @@ def test_parameters_reach_the_engine(server):
     assert (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) == (1, -1, 1.2)
     assert (params.logit_bias, params.stop_token_ids, params.eos_token_ids) == ({7: 5}, (9,), (1,))
     assert (params.min_tokens, params.max_tokens, params.ignore_eos) == (2, 6, True)
-    assert (request.salt, request.priority) == ("tenant", -1)
+    assert (request.salt, request.priority, request.cache_key) == ("tenant", -1, "")
     assert "glad" in server.codec.decode(request.prompt_token_ids)
 
 
@@ -243,6 +119,42 @@ def test_final_message_is_continued(server):
     messages = HELLO + [{"role": "assistant", "content": [{"type": "text", "text": "hello wor"}]}]
     server.chat(messages=messages, extra_body={"continue_final_message": True})
     assert server.codec.decode(server.engine.requests[0].prompt_token_ids).endswith("assistant:hello wor")
+
+
+# -- prefixes that stay ------------------------------------------------------------------------
+
+
+def test_a_cache_key_reaches_the_engine_as_a_hint(server):
+    server.post("completions", prompt="hello", prompt_cache_key="doc/1", cache_salt="a")
+    server.post("chat/completions", messages=HELLO, prompt_cache_key="doc/1", prompt_cache_ttl=60)
+    server.post("completions", prompt="hello", prompt_cache_key=None, prompt_cache_ttl=None)
+    asked = [(r.cache_key, r.cache_ttl, r.pin, r.salt) for r in server.engine.requests]
+    assert asked == [("doc/1", 300, "hint", "a"), ("doc/1", 60, "hint", ""), ("", 300, "hint", "")]
+
+
+def test_choices_of_one_prompt_pin_it_once(server):
+    server.post("completions", prompt=["hello", "world"], n=3, prompt_cache_key="k")
+    assert [request.cache_key for request in server.engine.requests] == ["k", "", "", "k", "", ""]
+
+
+def test_a_cache_key_is_released_under_its_salt(server):
+    for path in ("doc%2F1?cache_salt=a%26b", "d%C3%B6c", "doc/1"):
+        response = server.http.delete(f"/v1/cache/{path}")
+        assert (response.status_code, response.content) == (204, b"")
+    until(lambda: len(server.engine.unpinned) == 3)
+    released = [(message.cache_key, message.salt) for message in server.engine.unpinned]
+    assert released == [("doc/1", "a&b"), ("döc", ""), ("doc/1", "")]
+
+
+def test_the_openapi_document_explains_the_cache(server):
+    document = server.http.get("/openapi.json").json()
+    for body in ("ChatBody", "CompletionBody"):
+        fields = document["components"]["schemas"][body]["properties"]
+        assert "newer prompt" in fields["prompt_cache_key"]["description"]
+        assert (fields["prompt_cache_ttl"]["minimum"], fields["prompt_cache_ttl"]["maximum"]) == (1, 86400)
+        assert "salt" in fields["cache_salt"]["description"]
+    [release] = [route for path, route in document["paths"].items() if path.startswith("/v1/cache/")]
+    assert "204" in release["delete"]["responses"] and release["delete"]["description"]
 
 
 # -- stop strings and logprobs -----------------------------------------------------------------
@@ -298,96 +210,6 @@ def test_completion_logprobs(server):
     assert logprobs.top_logprobs[0] == {logprobs.tokens[0]: -0.5}
 
 
-# -- refusals ----------------------------------------------------------------------------------
-
-REFUSED = [
-    ({"frobnicate": 1}, "frobnicate", "frobnicate"),
-    ({"tools": []}, "tools", "not supported"),
-    ({"temperature": -1}, "temperature", "at least 0"),
-    ({"temperature": "hot"}, "temperature", "number"),
-    ({"top_p": 0}, "top_p", "in (0, 1]"),
-    ({"n": 0}, "n", "greater than or equal to 1"),
-    ({"stop": ""}, "stop", "non-empty"),
-    ({"stop": ["x"] * 17}, "stop", "at most 16"),
-    ({"stop": "x" * 1025}, "stop", "1024 characters"),
-    ({"logit_bias": {"x": 1}}, "logit_bias", "token ids"),
-    ({"logit_bias": {"4000": 1}}, "logit_bias", "vocabulary of 400"),
-    ({"stop_token_ids": [-1]}, "stop_token_ids", "vocabulary"),
-    ({"min_tokens": 9, "max_tokens": 3}, "min_tokens", "max_tokens (3)"),
-    ({"max_tokens": 0}, "max_tokens", "at least 1"),
-    ({"max_tokens": 60}, "max_tokens", "64"),
-    ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "differs"),
-    ({"top_logprobs": 2}, "top_logprobs", "logprobs is true"),
-    ({"stream_options": {"include_usage": True}}, "stream_options", "stream is true"),
-    ({"messages": []}, "messages", "at least 1"),
-    ({"messages": [{"role": "wizard", "content": "x"}]}, "messages", "'system'"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "image_url"),
-    ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs", "chat_template"),
-    ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message", "excludes"),
-]
-
-
-@pytest.mark.parametrize("body, param, words", REFUSED, ids=lambda value: str(value)[:30])
-def test_bad_chat_is_a_400_that_names_the_field(server, body, param, words):
-    status, error = error_of(server.post("chat/completions", **({"messages": HELLO} | body)))
-    assert status == 400 and error.type == "invalid_request_error"
-    assert error.param.split(".")[0] == param and param in error.message and words in error.message
-    assert server.engine.requests == []
-
-
-@pytest.mark.parametrize(
-    "body, param",
-    [
-        ({"prompt": "x", "echo": True}, "echo"),
-        ({"prompt": "x", "suffix": "y"}, "suffix"),
-        ({"prompt": []}, "prompt"),
-        ({"prompt": [[]]}, "prompt"),
-        ({"prompt": [1, "x"]}, "prompt"),
-        ({"prompt": ""}, "prompt"),
-        ({"prompt": [400]}, "prompt"),
-        ({"prompt": "x", "logprobs": 101}, "logprobs"),
-        ({}, "prompt"),
-    ],
-    ids=str,
-)
-def test_bad_completion_is_a_400_that_names_the_field(server, body, param):
-    status, error = error_of(server.post("completions", **body))
-    assert status == 400 and error.param == param and param in error.message
-
-
-def test_a_prompt_too_long_is_told_both_numbers(server):
-    for stream in (False, True):
-        status, error = error_of(server.post("completions", prompt=[5] * 70, stream=stream))
-        assert status == 400 and error.code == "context_length_exceeded"
-        assert "70" in error.message and "64" in error.message
-
-
-def test_other_refusals_have_openais_shape(server):
-    status, error = error_of(server.post("chat/completions", messages=HELLO, model="other"))
-    assert (status, error.code) == (404, "model_not_found") and "'fake'" in error.message
-    for headers in ({}, {"Content-Type": "application/json"}):
-        status, error = error_of(server.http.post("/v1/completions", content="{no json", headers=headers))
-        assert status == 400 and "JSON" in error.message
-        surrogate = b'{"model": "fake", "prompt": "\\ud800"}'
-        assert error_of(server.http.post("/v1/completions", content=surrogate, headers=headers))[0] == 400
-    assert error_of(server.http.get("/v1/nothing"))[0] == 404
-    assert error_of(server.http.get("/v1/completions"))[0] == 405
-    with pytest.raises(openai.BadRequestError, match="frobnicate"):
-        server.chat(extra_body={"frobnicate": 1})
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(
-    "text, status",
-    [("too long: x", 400), ("can never fit: x", 400), ("the queue is full: x", 429), ("odd", 500)],
-)
-def test_the_engines_refusal_has_a_status(server, stream, text, status):
-    server.refusal = lambda request: text
-    response = server.post("completions", prompt="hello", stream=stream)
-    assert error_of(response)[0] == status and text in response.json()["error"]["message"]
-    assert ("retry-after" in response.headers) == (status == 429)
-
-
 # -- clients that leave, and services ----------------------------------------------------------
 
 
@@ -419,7 +241,12 @@ def test_services(server):
     assert error_of(server.http.get("/v1/models/other"))[0] == 404
     health = server.http.get("/health").json()
     assert health["status"] == "ok" and health["engine"]["num_blocks"] == 9
-    assert health["stats"]["num_running"] == 0
+    stats = health["stats"]
+    assert stats["num_running"] == 0
+    assert (stats["num_pinned_blocks"], stats["cached_tokens_host"], stats["load_s"]) == (3, 5, 0.25)
+    numbers = {name: value for name, value in stats.items() if name != "stage_busy_s"}
+    assert numbers.keys() == set(Stats.__struct_fields__) - {"stage_busy_s"}
+    assert all(isinstance(value, (int, float)) for value in numbers.values())
     assert server.http.get("/version").json()["version"]
 
 
@@ -444,8 +271,8 @@ def test_engine_death_ends_streams_and_is_a_503_after(codec, tmp_path):
         with pytest.raises(openai.APIStatusError) as caught:
             server.chat()
         assert caught.value.status_code == 503 and caught.value.response.headers["retry-after"] == "7"
-        for route in ("/health", "/v1/models"):
-            response = server.http.get(route)
+        for method, route in (("GET", "/health"), ("GET", "/v1/models"), ("DELETE", "/v1/cache/k")):
+            response = server.http.request(method, route)
             assert error_of(response)[0] == 503 and "out of memory" in response.text
     finally:
         server.stop()
