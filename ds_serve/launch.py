@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -304,13 +305,14 @@ def run(launch: Launch) -> int:
 
     def end(number: int, _frame: object) -> None:
         received.append(number)
-        signal_group(process.pid, signal.SIGTERM)
+        _terminate(process.pid)
 
     before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         code = process.wait()
-        # SIGTERM to the launcher orphans what it started; and it hides it when its child was killed.
-        orphaned = bool(members(process.pid))
+        if received:  # which ends the launcher before its ranks
+            _wait_for_end(process.pid, GRACE_S)
+        orphaned = bool(_members(process.pid))  # it hides it when its own child was killed
     finally:
         end_group(process.pid)
         for number, handler in before.items():
@@ -328,7 +330,29 @@ def describe(code: int) -> str:
     return f"ended with code {code}"
 
 
-def members(group: int) -> list[int]:
+def end_group(group: int, grace_s: float = GRACE_S) -> None:
+    """SIGTERM, then SIGKILL to what is left of a process group after grace_s seconds. Waits."""
+    _terminate(group)
+    _wait_for_end(group, grace_s)
+    while alive := _members(group):
+        _send(alive, signal.SIGKILL)
+        time.sleep(_POLL_S)
+
+
+def _terminate(group: int) -> None:
+    """SIGTERM to a launcher and what it started itself, which ends the ranks one by one, rank 0 first.
+
+    To the launcher alone it would orphan them. To all of them at once it would look to rank 0 like the
+    others' failure. Where the launcher is gone, there is no such choice.
+    """
+    alive = _members(group)
+    if group in alive:
+        with suppress(psutil.NoSuchProcess):
+            alive = [group, *(child.pid for child in psutil.Process(group).children())]
+    _send(alive, signal.SIGTERM)
+
+
+def _members(group: int) -> list[int]:
     """Ids of the living processes of a process group."""
     found = []
     for process in psutil.process_iter(["status"]):
@@ -340,20 +364,13 @@ def members(group: int) -> list[int]:
     return found
 
 
-def signal_group(group: int, number: int) -> None:
-    """Sends a signal to a process group, which may be gone."""
-    try:
-        os.killpg(group, number)
-    except ProcessLookupError:
-        return
+def _wait_for_end(group: int, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while _members(group) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
 
 
-def end_group(group: int, grace_s: float = GRACE_S) -> None:
-    """SIGTERM, then SIGKILL to what is left of the group after grace_s seconds. Waits."""
-    signal_group(group, signal.SIGTERM)
-    deadline = time.monotonic() + grace_s
-    while members(group) and time.monotonic() < deadline:
-        time.sleep(_POLL_S)
-    while members(group):
-        signal_group(group, signal.SIGKILL)
-        time.sleep(_POLL_S)
+def _send(processes: list[int], number: int) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.kill(process, number)

@@ -20,6 +20,19 @@ def test_generate_answers_a_chat_and_says_nothing_else():
     assert done.stderr == ""
 
 
+def test_launcher_flags_are_the_launchers_under_a_launcher(monkeypatch):
+    for name, value in {
+        "RANK": 0,
+        "WORLD_SIZE": 2,
+        "LOCAL_RANK": 0,
+        "MASTER_ADDR": "x",
+        "MASTER_PORT": 1,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    done = ds_serve("--local_rank=0", "serve", "demo", "--tp", "2", "--master-port", "7777")
+    assert done.returncode == 2 and "has started this process already" in done.stderr
+
+
 def test_generate_keeps_the_order_of_stdin():
     prompts = ["What is 2 + 3?", "What is the capital of Italy?", "What is 4 + 4?"]
     done = ds_serve("generate", "demo", "--chat", stdin="\n".join(prompts))
@@ -39,6 +52,10 @@ def test_generate_keeps_the_order_of_stdin():
         (["serve"], "model"),
         (["serve", "demo", "--config", "/nowhere.yaml"], "/nowhere.yaml"),
         (["generate", "demo"], "prompt"),
+        (["serve", "demo", "--master_port", "7777"], "--master_port: for several ranks"),
+        (["serve", "demo", "--tp", "2", "--hostfile", "/nowhere"], "/nowhere"),
+        (["generate", "demo", "--prompt", "a", "--tp", "2", "--no-ssh"], "--hostfile, --node_rank"),
+        (["generate", "demo", "--prompt", "a", "--pp", "2", "--stage-layers", "1,2,1"], "stage_layers"),
     ],
 )
 def test_bad_arguments_are_one_clear_line(arguments, word):
