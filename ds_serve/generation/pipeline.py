@@ -218,7 +218,9 @@ class TextGenerationPipeline:
     ) -> Prefill:
         unknown = sorted(arguments.keys() - ENCODE)
         if unknown:
-            raise TypeError(f"prefill: {unknown[0]} changes no prompt, so it is not an argument here")
+            raise TypeError(
+                f"prefill: {unknown[0]} is no argument; ttl, pin, salt and what changes a prompt are"
+            )
         inputs, single = self._texts.inputs(prompt)
         if not single:
             raise ValueError("prompt: prefill takes one prompt or one chat; call it for each")
