@@ -1,45 +1,130 @@
 """The cache as the scheduler sees it: match a prefix, grow a table, commit what was computed, free.
 
-Joins block keys and the device pool. Knows a sequence only as its BlockTable (tokens, blocks, keys); knows no
-queue, no priority and no tensor.
+Joins block keys, the device pool, the host's book and the pins. It orders copies between the tiers (stores
+and loads) and is told when they are done; who makes them it does not know. Knows a sequence only as its
+BlockTable (tokens, blocks, keys); knows no queue, no priority, no clock and no tensor.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from ds_serve.cache.hashing import block_key, root_key
-from ds_serve.cache.pool import BlockPool
+from ds_serve.cache.host import HostBook, State, Twin
+from ds_serve.cache.pins import PinBook
+from ds_serve.cache.pool import BlockPool, OutOfBlocks
 
 
 class BlockTable:
     """One sequence's blocks, in order, and the keys of its full blocks as far as they were asked for.
 
-    Only ever grows at the end, until it is freed as a whole.
+    loads are the copies (host block, device block) that its prefix still waits for. Only ever grows at the
+    end, until it is freed as a whole; but a failed load takes blocks out of it (see CacheManager.loaded).
     """
 
-    __slots__ = ("block_ids", "keys", "num_committed", "root")
+    __slots__ = ("block_ids", "keys", "loads", "num_committed", "root")
 
     def __init__(self, root: bytes) -> None:
         self.root = root
         self.block_ids: list[int] = []
         self.keys: list[bytes] = []
+        self.loads: list[tuple[int, int]] = []
         self.num_committed = 0
 
 
-class CacheManager:
-    """Block accounts for all sequences of one engine."""
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The longest prefix found over both tiers, in block order: device, then beyond.
 
-    def __init__(self, num_blocks: int, block_size: int, *, identity: str = "", prefix_caching: bool = True):
+    device: blocks of the leading part that lies on the device. beyond: what continues it, from its first host
+    block on, whatever tier each block lies in. waits: the key that would come next is being loaded for
+    another sequence right now.
+    """
+
+    device: list[int]
+    beyond: list[tuple[Literal["device", "host"], int]]
+    waits: bool = False
+
+    @property
+    def host(self) -> list[int]:
+        """The host blocks: what would have to be loaded."""
+        return [block for tier, block in self.beyond if tier == "host"]
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the whole prefix."""
+        return len(self.device) + len(self.beyond)
+
+    def taken(self, load: bool) -> list[int]:
+        """The device blocks that take_prefix() would take over; all others are allocated."""
+        later = [block for tier, block in self.beyond if tier == "device"] if load else []
+        return self.device + later
+
+
+class CacheManager:
+    """Block accounts of both tiers for all sequences of one engine.
+
+    num_host_blocks    0: no host tier. A host block's id means the same on every rank
+    store_zone         so many of the blocks that are given out next are kept in the host too (write-behind)
+    max_pinned_blocks  distinct device blocks that all pins together may hold
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        identity: str = "",
+        prefix_caching: bool = True,
+        num_host_blocks: int = 0,
+        store_zone: int = 0,
+        max_pinned_blocks: int = 0,
+    ) -> None:
         self.block_size = block_size
-        self.pool = BlockPool(num_blocks)
+        self.pool = BlockPool(num_blocks, self._evicted)
+        self.host = HostBook(num_host_blocks if prefix_caching else 0)
+        self.pins = PinBook(self.pool, max_pinned_blocks)
         self.prefix_caching = prefix_caching
+        self.lost_blocks = 0
         self._identity = identity
+        self._store_zone = store_zone if self.host.num_blocks else 0
+        self._stores: dict[int, int] = {}  # under way: host block -> device block
 
     @property
     def num_blocks(self) -> int:
         return self.pool.num_blocks
+
+    @property
+    def num_host_blocks(self) -> int:
+        return self.host.num_blocks
+
+    @property
+    def evictions(self) -> int:
+        """Cached device blocks that were given out for something else."""
+        return self.pool.num_evictions
+
+    @property
+    def host_evictions(self) -> int:
+        """Host entries that gave way to others, those whose key the device held too among them."""
+        return self.host.num_evictions
+
+    @property
+    def num_host_used(self) -> int:
+        """Host blocks that hold an entry, in whatever state."""
+        return self.host.num_used
+
+    @property
+    def num_pinned(self) -> int:
+        """Distinct device blocks that pins hold."""
+        return self.pins.num_blocks
+
+    @property
+    def num_storing(self) -> int:
+        """Stores under way. A source that nobody else uses is free again as soon as its store is done."""
+        return len(self._stores)
 
     def new_table(self, salt: str = "") -> BlockTable:
         """An empty table; only tables of equal salt can share blocks."""
@@ -49,34 +134,98 @@ class CacheManager:
         """Blocks that hold num_tokens tokens."""
         return -(-num_tokens // self.block_size)
 
-    def match(self, table: BlockTable, token_ids: Sequence[int]) -> list[int]:
-        """Blocks that hold the longest cached prefix of token_ids, at most all but the last token.
+    # -- a prefix --------------------------------------------------------------------------------
 
-        Changes no reference: take_prefix() must follow before anything else is allocated.
+    def match(self, table: BlockTable, token_ids: Sequence[int]) -> Match:
+        """The longest cached prefix of token_ids, at most all but the last token, over both tiers.
+
+        Of a key that both have, the device's block counts. Changes nothing: take_prefix() must follow before
+        anything else is allocated, stored or loaded.
         """
-        if not self.prefix_caching:
-            return []
-        limit = (len(token_ids) - 1) // self.block_size
-        blocks: list[int] = []
+        device: list[int] = []
+        beyond: list[tuple[Literal["device", "host"], int]] = []
+        limit = (len(token_ids) - 1) // self.block_size if self.prefix_caching else 0
         for index in range(limit):
-            block = self.pool.find(self._key(table, token_ids, index))
-            if block is None:
-                break
-            blocks.append(block)
-        return blocks
+            key = self._key(table, token_ids, index)
+            block = self.pool.find(key)
+            if block is not None:
+                if beyond:
+                    beyond.append(("device", block))
+                else:
+                    device.append(block)
+                continue
+            entry = self.host.find(key)
+            if entry is None or entry.state is not State.READY:
+                return Match(device, beyond, waits=entry is not None and entry.state is State.LOADING)
+            beyond.append(("host", entry.block))
+        return Match(device, beyond)
 
-    def free_after(self, matched: Sequence[int]) -> int:
-        """Free blocks that would be left if the matched ones were taken."""
-        return self.pool.num_free - sum(self.pool.is_free(block) for block in matched)
+    def free_after(self, match: Match, load: bool = False) -> int:
+        """Free device blocks that would be left if match.taken(load) were taken."""
+        return self.pool.num_free - sum(self.pool.is_free(block) for block in match.taken(load))
 
-    def take_prefix(self, table: BlockTable, matched: Sequence[int]) -> int:
-        """Puts matched blocks at the head of an empty table; returns the tokens they hold."""
+    def take_prefix(self, table: BlockTable, match: Match, load: bool) -> tuple[int, list[tuple[int, int]]]:
+        """Puts a match at the head of an empty table: the tokens it holds, and the loads it needs.
+
+        Without load it is match.device alone. With load it is all of it: device blocks are taken over
+        wherever they lie, and for each host block one is allocated, to be loaded: (host block, device block).
+        Until loaded() is called for exactly these loads the tokens are not there, and the table cannot be
+        freed. Raises OutOfBlocks, changing nothing.
+        """
         if table.block_ids:
             raise ValueError("a prefix can only be taken into an empty table")
-        self.pool.acquire(matched)
-        table.block_ids = list(matched)
-        table.num_committed = len(matched)
-        return len(matched) * self.block_size
+        wanted, left = len(match.host) if load else 0, self.free_after(match, load)
+        if wanted > left:
+            raise OutOfBlocks(f"{wanted} blocks wanted to load a prefix into, {left} free")
+        taken = match.taken(load)
+        self.pool.acquire(taken)
+        for block in taken:
+            self._settle(self.pool.key(block))
+        table.block_ids = list(match.device)
+        table.num_committed = len(match.device)
+        if not load:
+            return len(match.device) * self.block_size, []
+        for tier, block in match.beyond:
+            if tier == "host":
+                self.host.begin_load(block)
+                (target,) = self.pool.allocate(1)
+                table.loads.append((block, target))
+                block = target
+            table.block_ids.append(block)
+        return match.num_blocks * self.block_size, list(table.loads)
+
+    def loaded(self, table: BlockTable, loads: Sequence[tuple[int, int]], failed: Collection[int]) -> int:
+        """All ranks have done a table's loads; failed are indexes into them. Returns the good tokens.
+
+        Those are the tokens before the first failed block, whose blocks are visible to others from now on.
+        Later blocks of the prefix are to be computed: those that others can see leave the table, those that
+        were loaded or were to be loaded stay, to be written again, and move up. Failed host entries are
+        dropped.
+        """
+        if not table.loads or list(loads) != table.loads:
+            raise ValueError(f"loads done: {list(loads)}, under way for this table: {table.loads}")
+        sources = {device: host for host, device in loads}
+        bad = {loads[index][0] for index in failed}
+        table.loads = []
+        good = table.num_committed
+        for index, block in enumerate(table.block_ids[good:], start=good):
+            host = sources.get(block)
+            if host in bad or (host is None and self.pool.key(block) is None):
+                break
+            if host is not None:
+                entry = self.host.find(table.keys[index])
+                self.pool.commit(block, entry.key, index, entry.uses)
+                self._settle(entry.key)
+            good = index + 1
+        for host in sources.values():
+            self.host.end_load(host, host not in bad)
+        rest = table.block_ids[good:]
+        self.pool.release([block for block in rest if self.pool.key(block) is not None])
+        table.block_ids[good:] = [block for block in rest if self.pool.key(block) is None]
+        table.num_committed = good
+        return good * self.block_size
+
+    # -- a table ---------------------------------------------------------------------------------
 
     def missing(self, table: BlockTable, num_tokens: int) -> int:
         """Blocks that the table lacks to hold num_tokens tokens."""
@@ -93,19 +242,113 @@ class CacheManager:
         if not self.prefix_caching:
             return
         for index in range(table.num_committed, num_computed // self.block_size):
-            self.pool.commit(table.block_ids[index], self._key(table, token_ids, index))
+            key = self._key(table, token_ids, index)
+            self.pool.commit(table.block_ids[index], key, index, self._uses(key))
+            self._settle(key)
             table.num_committed = index + 1
 
     def free(self, table: BlockTable) -> None:
-        """Give every block back; the keys of known tokens stay for a later match."""
+        """Give every block back; the keys of known tokens stay for a later match.
+
+        Raises ValueError while a load writes into the table: its end (loaded()) must come first.
+        """
+        if table.loads:
+            raise ValueError(f"{len(table.loads)} loads into this table are under way: they must land first")
         self.pool.release(table.block_ids)
         table.block_ids = []
         table.num_committed = 0
 
+    # -- write-behind ----------------------------------------------------------------------------
+
+    def stores(self) -> list[tuple[int, int]]:
+        """Copies (device block, host block) that are due now, so that eviction finds them done.
+
+        The zone is filled up with the blocks that are evicted next; those that the host lacks are stored,
+        and held until stored() is called. Costs nothing while the zone is full. Where all host entries
+        are in use, it waits for them; a block that the host's policy would give up at once is not stored.
+        """
+        due = []
+        while self.pool.num_next < self._store_zone and self.host.has_room:
+            block = self.pool.advance_zone()
+            if block is None:
+                break
+            key = self.pool.key(block)
+            if self._settle(key):
+                continue
+            target = self.host.begin_store(key, self.pool.uses(block), self.pool.depth(block))
+            if target is not None:
+                self.pool.hold(block)
+                self._stores[target] = block
+                due.append((block, target))
+        return due
+
+    def stored(self, stores: Sequence[tuple[int, int]], failed: Collection[int]) -> None:
+        """All ranks have done these stores; failed are indexes into them: their entries are dropped."""
+        for block, target in stores:
+            if self._stores.get(target) != block:
+                raise ValueError(f"no store of device block {block} to host block {target} is under way")
+        for index, (_, target) in enumerate(stores):
+            del self._stores[target]
+            self.host.end_store(target, index not in failed)
+        self.pool.release([block for block, _ in stores])
+
+    # -- pins ------------------------------------------------------------------------------------
+
+    def pin(self, name: str, table: BlockTable, num_tokens: int, until: float, must: bool) -> str | None:
+        """Keep the table's committed full blocks of the first num_tokens on the device until then.
+
+        They replace what the name pinned before. None, or, only for must, why it cannot be: it names the
+        blocks wanted and the bound. A hint that does not fit is dropped in silence. A pin holds until
+        expire() is called with a time at or past its end.
+        """
+        num_blocks = min(num_tokens // self.block_size, table.num_committed)
+        problem = self.pins.pin(name, table.block_ids[:num_blocks], until, must)
+        return problem if must else None
+
+    def unpin(self, name: str) -> None:
+        """Release what a name pinned; unknown names are fine."""
+        self.pins.unpin(name)
+
+    def expire(self, now: float) -> None:
+        """Release every pin whose time has come; costs nothing where there is none."""
+        self.pins.expire(now)
+
+    # -- the books -------------------------------------------------------------------------------
+
     def check_integrity(self, tables: Iterable[BlockTable] = ()) -> None:
-        """Raise AssertionError unless the pool is whole and exactly these tables use its blocks."""
+        """Raise AssertionError unless both books are whole and exactly these tables, the pins and the stores
+        under way use device blocks, and exactly these tables' loads read host blocks."""
+        tables = list(tables)
         users = Counter(block for table in tables for block in table.block_ids)
+        users.update(self._stores.values())
+        users.update(self.pins.users())
         self.pool.check_integrity(dict(users))
+        self.pins.check_integrity()
+        self.host.check_integrity(self._twin)
+        loading = sorted(host for table in tables for host, _ in table.loads)
+        assert loading == self.host.blocks(State.LOADING), f"host blocks under load differ: {loading}"
+        writing = self.host.blocks(State.WRITING)
+        assert sorted(self._stores) == writing, f"host blocks under store differ: {writing}"
+
+    def _evicted(self, key: bytes, uses: int, depth: int) -> None:
+        if self.host.num_blocks and not self._settle(key, uses) and self.pool.find(key) is None:
+            self.lost_blocks += 1
+
+    def _settle(self, key: bytes, uses: int = 0) -> bool:
+        """The host's book learns what the device has of key; False where it has no entry."""
+        return self.host.settle(key, self._twin(key), uses) if self.host.num_blocks else False
+
+    def _twin(self, key: bytes) -> Twin:
+        if self.pool.find(key) is None:
+            return Twin.GONE
+        return Twin.LEAVES if self.pool.is_leaving(key) else Twin.STAYS
+
+    def _uses(self, key: bytes) -> int:
+        """Hits of a key that is computed now: that it is known already makes one more."""
+        block, entry = self.pool.find(key), self.host.find(key)
+        if block is not None:
+            return self.pool.uses(block) + 1
+        return 0 if entry is None else entry.uses + 1
 
     def _key(self, table: BlockTable, token_ids: Sequence[int], index: int) -> bytes:
         while len(table.keys) <= index:

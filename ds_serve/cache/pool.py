@@ -1,13 +1,17 @@
 """The device block pool: who uses which block, which free blocks still hold a known prefix.
 
-A block is free when nobody uses it, cached when a key names its content; a free cached block is given out
-last, least recently used first. Knows no sequences and no tensors; called by the manager.
+A block is free when nobody uses it, cached when a key names its content. Free blocks are given out in this
+order: blocks without a key, then the zone (blocks that were first in the eviction order; the manager sees to
+it that the host has them), then the rest of the eviction order. Knows no sequences, no host and no tensors;
+called by the manager and by the book of pins.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from ds_serve.cache.policy import EvictionOrder
 
 
 class OutOfBlocks(Exception):
@@ -17,63 +21,92 @@ class OutOfBlocks(Exception):
 class BlockPool:
     """Blocks 0 .. num_blocks - 1.
 
-    Invariants, held by check_integrity(): a block is in the free list exactly when its reference count is 0;
-    every key's block list names blocks that carry that key; no key maps to an empty list.
+    on_evict(key, uses, depth) is called for each cached block that is given out, when its key is off it.
+
+    Invariants, held by check_integrity(): a block is in exactly one of blank, zone and order when its
+    reference count is 0, in none of them otherwise; every key's block list names blocks that carry that key;
+    no key maps to an empty list.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, on_evict: Callable[[bytes, int, int], None] | None = None) -> None:
         if num_blocks < 1:
             raise ValueError(f"num_blocks: must be at least 1, got {num_blocks}")
         self.num_blocks = num_blocks
+        self.num_evictions = 0
+        self._on_evict = on_evict
         self._refs = [0] * num_blocks
         self._keys: list[bytes | None] = [None] * num_blocks
+        self._uses = [0] * num_blocks
+        self._depths = [0] * num_blocks
         # Two blocks may hold one key (equal prompts computed side by side): losing one keeps the other.
         self._by_key: dict[bytes, list[int]] = {}
-        # First out first: unhashed blocks at the head, then cached ones by time of release.
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
-        self.num_evictions = 0
+        self._blank = list(range(num_blocks - 1, -1, -1))  # last out first
+        self._zone: OrderedDict[int, None] = OrderedDict()  # first out first
+        self._held: set[int] = set()  # of the zone, but under copy: each goes back to its head
+        self._order = EvictionOrder(num_blocks)
 
     @property
     def num_free(self) -> int:
         """Blocks that allocate() can give out, cached ones among them."""
-        return len(self._free)
+        return len(self._blank) + len(self._zone) + len(self._order)
 
     @property
     def num_cached(self) -> int:
         """Blocks, used or free, whose content a key names."""
         return sum(len(blocks) for blocks in self._by_key.values())
 
+    @property
+    def num_next(self) -> int:
+        """Blocks that are given out before the eviction order is touched, those under hold() among them."""
+        return len(self._blank) + len(self._zone) + len(self._held)
+
     def find(self, key: bytes) -> int | None:
         """A block that holds key's content, or None."""
         blocks = self._by_key.get(key)
         return blocks[0] if blocks else None
 
+    def key(self, block: int) -> bytes | None:
+        """The key that names block's content, or None."""
+        return self._keys[block]
+
+    def uses(self, block: int) -> int:
+        """How often block's content was hit since it was first computed."""
+        return self._uses[block]
+
+    def depth(self, block: int) -> int:
+        """The index of block's content in its prompt, in blocks."""
+        return self._depths[block]
+
     def is_free(self, block: int) -> bool:
         return self._refs[block] == 0
 
-    def acquire(self, blocks: Sequence[int]) -> None:
+    def is_leaving(self, key: bytes) -> bool:
+        """Whether a block with this key is in the zone, or will go back there."""
+        return any(block in self._zone or block in self._held for block in self._by_key.get(key, ()))
+
+    def acquire(self, blocks: Sequence[int], is_hit: bool = True) -> None:
         """One more user for each of these blocks (of a match): they cannot be evicted until released."""
         for block in blocks:
             if self._refs[block] == 0:
-                del self._free[block]
+                self._leave_order(block)
+            self._held.discard(block)
             self._refs[block] += 1
+            self._uses[block] += is_hit
 
     def allocate(self, count: int) -> list[int]:
         """count blocks for one user, their old content forgotten. Raises OutOfBlocks, changing nothing."""
-        if count > len(self._free):
-            raise OutOfBlocks(f"{count} blocks wanted, {len(self._free)} free of {self.num_blocks}")
-        blocks = []
-        for _ in range(count):
-            block, _ = self._free.popitem(last=False)
-            if self._keys[block] is not None:
-                self._forget(block)
-                self.num_evictions += 1
+        if count > self.num_free:
+            raise OutOfBlocks(f"{count} blocks wanted, {self.num_free} free of {self.num_blocks}")
+        blocks = [self._next_free() for _ in range(count)]
+        for block in blocks:
             self._refs[block] = 1
-            blocks.append(block)
         return blocks
 
-    def commit(self, block: int, key: bytes) -> None:
-        """Publish: block (in use) holds key's content, completely written."""
+    def commit(self, block: int, key: bytes, depth: int = 0, uses: int = 0) -> None:
+        """Publish: block (in use) holds key's content, completely written.
+
+        depth: its index in its prompt; uses: how often that content was hit before.
+        """
         if self._refs[block] == 0:
             raise ValueError(f"block {block} is free: only a block in use can be committed")
         if self._keys[block] == key:
@@ -81,29 +114,58 @@ class BlockPool:
         if self._keys[block] is not None:
             raise ValueError(f"block {block} holds another key already")
         self._keys[block] = key
+        self._depths[block] = depth
+        self._uses[block] = uses
         self._by_key.setdefault(key, []).append(block)
 
     def release(self, blocks: Sequence[int]) -> None:
-        """One user less for each block, given in table order: tails are evicted before heads."""
+        """One user less for each block, given in table order: tails are evicted before heads.
+
+        A block that was held and not acquired since goes back to the zone's head.
+        """
         for block in reversed(blocks):
             if self._refs[block] <= 0:
                 raise ValueError(f"block {block} is released more often than acquired")
             self._refs[block] -= 1
-            if self._refs[block] == 0:
-                self._free[block] = None
-                if self._keys[block] is None:
-                    self._free.move_to_end(block, last=False)
+            if self._refs[block]:
+                continue
+            key = self._keys[block]
+            if key is None:
+                self._blank.append(block)
+            elif block in self._held:
+                self._held.remove(block)
+                self._zone[block] = None
+                self._zone.move_to_end(block, last=False)
+            else:
+                self._order.add(block, key, self._uses[block], self._depths[block])
 
-    def reset_cache(self) -> None:
-        """Forget every key; users keep their blocks."""
-        for block in range(self.num_blocks):
-            if self._keys[block] is not None:
-                self._forget(block)
+    def advance_zone(self) -> int | None:
+        """The first block of the eviction order, moved to the zone's end; None where the order is empty."""
+        if not len(self._order):
+            return None
+        block = self._order.pop()
+        self._zone[block] = None
+        return block
+
+    def hold(self, block: int) -> None:
+        """A user for a block of the zone, for a while: release() puts it back in its place."""
+        del self._zone[block]
+        self._held.add(block)
+        self._refs[block] = 1
 
     def check_integrity(self, in_use: dict[int, int] | None = None) -> None:
         """Raise AssertionError unless the books are whole; in_use: expected users a block, others 0."""
         free = {block for block in range(self.num_blocks) if self._refs[block] == 0}
-        assert free == set(self._free), f"free list and reference counts differ: {free ^ set(self._free)}"
+        blank, zone = set(self._blank), set(self._zone)
+        ordered = {block for block in range(self.num_blocks) if block in self._order}
+        assert free == blank | zone | ordered, f"free lists and reference counts differ: {free}"
+        assert len(free) == self.num_free, "a block is in two free lists"
+        assert len(ordered) == len(self._order), "the eviction order holds blocks that are not here"
+        assert all(self._keys[block] is None for block in blank), "a cached block counts as blank"
+        assert all(self._keys[block] is not None for block in zone | ordered), (
+            "a blank block counts as cached"
+        )
+        assert not self._held & free, f"blocks held, and free: {self._held & free}"
         named = [block for blocks in self._by_key.values() for block in blocks]
         keyed = [block for block, key in enumerate(self._keys) if key is not None]
         assert sorted(named) == keyed, f"keys and blocks differ: {sorted(named)} {keyed}"
@@ -112,12 +174,25 @@ class BlockPool:
             assert all(self._keys[block] == key for block in blocks), f"blocks {blocks} under a wrong key"
         if in_use is not None:
             used = {block: refs for block, refs in enumerate(self._refs) if refs}
-            assert used == in_use, f"blocks in use: book {used}, sequences {in_use}"
+            assert used == in_use, f"blocks in use: book {used}, users {in_use}"
 
-    def _forget(self, block: int) -> None:
+    def _leave_order(self, block: int) -> None:
+        if block in self._zone:
+            del self._zone[block]
+        else:
+            self._order.remove(block)
+
+    def _next_free(self) -> int:
+        if self._blank:
+            return self._blank.pop()
+        block = self._zone.popitem(last=False)[0] if self._zone else self._order.pop()
         key = self._keys[block]
         self._keys[block] = None
         holders = self._by_key[key]
         holders.remove(block)
         if not holders:
             del self._by_key[key]
+        self.num_evictions += 1
+        if self._on_evict is not None:
+            self._on_evict(key, self._uses[block], self._depths[block])
+        return block

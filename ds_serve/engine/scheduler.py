@@ -185,15 +185,15 @@ class Scheduler:
         while self._waiting and self._free_slots and draft.room(1) > 0:
             sequence = self._waiting[0]
             matched = self.cache.match(sequence.table, sequence.token_ids)
-            needed = self.cache.blocks_for(len(sequence.token_ids)) - len(matched)
+            needed = self.cache.blocks_for(len(sequence.token_ids)) - len(matched.device)
             if needed + self._promised_blocks() > self.cache.free_after(matched):
                 return
-            draft.discount(len(matched) * self.cache.block_size)
-            count = draft.room(len(sequence.token_ids) - len(matched) * self.cache.block_size)
+            draft.discount(len(matched.device) * self.cache.block_size)
+            count = draft.room(len(sequence.token_ids) - len(matched.device) * self.cache.block_size)
             if count < 1:
                 return
             self._waiting.pop(0)
-            cached = self.cache.take_prefix(sequence.table, matched)
+            cached, _ = self.cache.take_prefix(sequence.table, matched, load=False)
             self.cache.grow(sequence.table, cached + count)
             self._start(sequence, cached)
             draft.take(sequence, count, list(sequence.table.block_ids))
