@@ -77,7 +77,7 @@ def _build(settings: Settings) -> tuple[Scheduler, LocalRank, EngineInfo]:
 def _start_ranks(settings: Settings) -> LocalRank:
     global _lead
     if settings.world_size == 1:
-        return LocalRank(lambda progress: build_worker(settings, Grid(Place()), progress))
+        return LocalRank(lambda *report: build_worker(settings, Grid(Place()), *report))
     if _lead is None:
         _lead = Lead(settings)
         atexit.register(_leave)

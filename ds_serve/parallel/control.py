@@ -18,7 +18,7 @@ from contextlib import suppress
 import msgspec
 import zmq
 
-from ds_serve.messages import StepResult
+from ds_serve.messages import CopyResult, StepResult
 from ds_serve.parallel.follower import Follower
 from ds_serve.parallel.health import Health, Progress, RankFailure, WakingClock, beat_interval, describe
 from ds_serve.parallel.place import Place
@@ -48,14 +48,15 @@ _HURRY_S = 0.05  # between looks while ranks join, and while a verdict is being 
 
 
 class Controller:
-    """Rank 0's side. results brings StepResults of the rank that samples and, once, a RankFailure.
+    """Rank 0's side. results brings StepResults of the rank that samples, CopyResults of all, and, once, a
+    RankFailure.
 
     All methods may be called from any thread, send() and report() at the same time from several.
     """
 
     def __init__(self, place: Place, store: Store, timeout_s: float) -> None:
         self.place = place
-        self.results: queue.SimpleQueue[StepResult | RankFailure] = queue.SimpleQueue()
+        self.results: queue.SimpleQueue[StepResult | CopyResult | RankFailure] = queue.SimpleQueue()
         self.progress = Progress()
         self._health = Health(place, timeout_s)
         self._beat_s = beat_interval(timeout_s)
@@ -188,6 +189,8 @@ class Controller:
             match word:
                 case StepResult():
                     self._health.landed()
+                    self.results.put(word)
+                case CopyResult():
                     self.results.put(word)
                 case Beat():
                     if word.rank in self._health.missing():

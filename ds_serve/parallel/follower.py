@@ -19,7 +19,7 @@ from typing import NoReturn
 import msgspec
 import zmq
 
-from ds_serve.messages import StepPlan, StepResult
+from ds_serve.messages import CopyResult, StepPlan, StepResult
 from ds_serve.parallel.health import Progress, WakingClock, beat_interval, describe, patience
 from ds_serve.parallel.place import Place
 from ds_serve.parallel.wire import (
@@ -74,8 +74,8 @@ class Follower:
         """The next message, in rank 0's order; sleeps until it is there."""
         return self._inbox.get()
 
-    def deliver(self, result: StepResult) -> None:
-        """A step's result, to rank 0; for the rank that samples."""
+    def deliver(self, result: StepResult | CopyResult) -> None:
+        """To rank 0: a step's result, from the rank that samples, and a copy's, from every rank."""
         self._send(result)
 
     def fail(self, error: BaseException) -> None:
@@ -92,7 +92,7 @@ class Follower:
         self._sockets.context.term()  # stops the link thread, which closes its sockets
         self._thread.join()
 
-    def _send(self, message: StepResult | Beat | Failure) -> None:
+    def _send(self, message: StepResult | CopyResult | Beat | Failure) -> None:
         frame = encode(message)
         with self._lock:
             self._sockets.words.send(frame)

@@ -137,19 +137,26 @@ class Grid:
 
     def minimum(self, values: list[int]) -> list[int]:
         """Of each value, the least over all ranks."""
-        if self.place.world_size == 1:
-            return values
-        found: list = [None] * self.place.world_size
-        torch.distributed.all_gather_object(found, values)
-        return [min(each) for each in zip(*found, strict=True)]
+        return [min(each) for each in zip(*self._gather(values), strict=True)]
+
+    def maximum(self, values: list[float]) -> list[float]:
+        """Of each value, the greatest over all ranks."""
+        return [max(each) for each in zip(*self._gather(values), strict=True)]
+
+    def total(self, values: list[int]) -> list[int]:
+        """Of each value, the sum over all ranks."""
+        return [sum(each) for each in zip(*self._gather(values), strict=True)]
 
     def ranks_here(self) -> int:
         """How many of the ranks run on this machine."""
-        if self.place.world_size == 1:
-            return 1
-        found: list = [None] * self.place.world_size
-        torch.distributed.all_gather_object(found, socket.gethostname())
-        return found.count(socket.gethostname())
+        return self._gather(socket.gethostname()).count(socket.gethostname())
+
+    def _gather(self, mine) -> list:
+        """What each rank gave, by rank."""
+        found: list = [mine] * self.place.world_size
+        if self.place.world_size > 1:
+            torch.distributed.all_gather_object(found, mine)
+        return found
 
     def close(self) -> None:
         """Leaves the groups; all ranks do so together, after their last step."""

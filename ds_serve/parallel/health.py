@@ -167,8 +167,10 @@ class Health:
             self.died(rank, "the connection to it was lost", now)
 
     def sent(self, message: RankMessage) -> None:
-        """Rank 0 tells all ranks."""
+        """Rank 0 tells all ranks. A plan without rows is copies, and has no result that could land."""
         if isinstance(message, StepPlan):
+            if not message.rows:
+                return
             self._num_sent = max(self._num_sent, self._num_landed) + 1
         elif isinstance(message, Build | Close):
             self._num_sent = self._num_landed

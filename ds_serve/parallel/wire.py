@@ -23,7 +23,7 @@ import msgspec
 import zmq
 from zmq.utils import z85
 
-from ds_serve.messages import StepPlan, StepResult
+from ds_serve.messages import CopyResult, StepPlan, StepResult
 from ds_serve.parallel.place import Place
 
 LINGER_MS = 1000  # how long a closing rank waits for what it has sent to leave
@@ -89,7 +89,7 @@ class Failure(_Wire, tag="failed"):
 
 encode = msgspec.msgpack.Encoder().encode
 decode_down = msgspec.msgpack.Decoder(Build | StepPlan | Close | Leave | Gone | Beat).decode
-decode_up = msgspec.msgpack.Decoder(StepResult | Beat | Failure).decode
+decode_up = msgspec.msgpack.Decoder(StepResult | CopyResult | Beat | Failure).decode
 
 
 # -- where they meet -----------------------------------------------------------------------------

@@ -17,12 +17,14 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
+from typing import NoReturn
 
 import msgspec
 import torch
 
 from ds_serve.config import Settings
-from ds_serve.messages import StepPlan
+from ds_serve.messages import CopyResult, StepPlan
 from ds_serve.model.loader import load
 from ds_serve.parallel.control import Controller, Follower, Progress
 from ds_serve.parallel.grid import Grid, meet
@@ -45,15 +47,24 @@ class _Shape(msgspec.Struct, frozen=True):
     rank_timeout: float
 
 
-def build_worker(settings: Settings, grid: Grid, progress: Progress) -> Worker:
-    """This rank's worker, on as many threads as are its share of the machine."""
+def build_worker(
+    settings: Settings,
+    grid: Grid,
+    progress: Progress,
+    deliver: Callable[[CopyResult], None],
+    fail: Callable[[BaseException], None],
+) -> Worker:
+    """This rank's worker, on as many threads as are its share of the machine.
+
+    Its copier's results and failure go to deliver and fail, on a thread of the copier's.
+    """
     here = grid.ranks_here()
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
     elif here > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
     progress.phase = "loading"
-    worker = Worker(load(settings, grid), settings, grid, progress)
+    worker = Worker(load(settings, grid), settings, grid, progress, deliver, fail)
     progress.phase = "idle"
     return worker
 
@@ -85,7 +96,7 @@ class Lead:
         if self._rank is not None and not self._rank.closed:
             raise RuntimeError("the ranks serve another engine: close it first")
         self.controller.send(Build(settings_json=settings.model_dump_json()))
-        self._rank = LeadRank(lambda progress: build_worker(settings, self.grid, progress), self.controller)
+        self._rank = LeadRank(lambda *report: build_worker(settings, self.grid, *report), self.controller)
         return self._rank
 
     def _terminated(self, *_: object) -> None:
@@ -126,21 +137,28 @@ def follow() -> int:
                 _run_plans(Settings.model_validate_json(message.settings_json), grid, follower)
         grid.close()
     except BaseException as error:
-        follower.fail(error)
-        print(f"ds-serve: {grid.place}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        if logger.isEnabledFor(logging.DEBUG):
-            traceback.print_exc()
-        os._exit(1)  # other threads may be inside a collective that never ends
+        _fail(follower, error)
     follower.close()
     return 0
 
 
+def _fail(follower: Follower, error: BaseException) -> NoReturn:
+    """Ends this process, whichever thread failed, once rank 0 knows why."""
+    follower.fail(error)
+    print(f"ds-serve: {follower.place}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    if logger.isEnabledFor(logging.DEBUG):
+        traceback.print_exception(error)
+    os._exit(1)  # other threads may be inside a collective that never ends
+
+
 def _run_plans(settings: Settings, grid: Grid, follower: Follower) -> None:
     """One engine's life on this rank."""
-    worker = build_worker(settings, grid, follower.progress)
+    progress, deliver = follower.progress, follower.deliver
+    worker = build_worker(settings, grid, progress, deliver, lambda error: _fail(follower, error))
     while isinstance(plan := follower.receive(), StepPlan):
         result = worker.step(plan)
         if result is not None:
-            follower.deliver(result)
+            deliver(result)
+    worker.close()
     if not isinstance(plan, Close):
         raise RuntimeError(f"{type(plan).__name__} came in the middle of an engine's plans")

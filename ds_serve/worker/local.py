@@ -16,30 +16,36 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from ds_serve.messages import StepPlan, StepResult
+from ds_serve.messages import CopyResult, StepPlan, StepResult
 from ds_serve.parallel.control import Controller, Progress
 from ds_serve.parallel.wire import Close
 
-END_S = 5.0  # how long the last step may take when ranks are told to end
+END_S = 5.0  # how long the last step and the last copies may take when ranks are told to end
 
 
 class _Steps(Protocol):
     def step(self, plan: StepPlan) -> StepResult | None: ...
 
+    def close(self) -> None: ...
+
+
+Build = Callable[[Progress, Callable[[CopyResult], None], Callable[[BaseException], None]], _Steps]
+
 
 class LocalRank:
-    """submit() and collect() for one engine thread. A step that raises makes its collect() raise.
+    """submit() and collect() for one engine thread. A step or a copy that raises makes a collect() raise.
 
-    build(progress) runs on the rank's thread; the constructor waits for it and raises what it raises.
+    build(progress, deliver, fail) runs on the rank's thread; the constructor waits for it and raises what it
+    raises. What the worker's other threads bring forth, they hand to deliver or fail.
     """
 
-    def __init__(self, build: Callable[[Progress], _Steps]) -> None:
+    def __init__(self, build: Build) -> None:
         self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue = queue.SimpleQueue()
         self._progress = Progress()
         self._start(build)
 
-    def _start(self, build: Callable[[Progress], _Steps]) -> None:
+    def _start(self, build: Build) -> None:
         self._thread = threading.Thread(target=self._run, args=(build,), name="ds-serve-rank", daemon=True)
         self._thread.start()
         self.worker = self.collect()
@@ -48,7 +54,8 @@ class LocalRank:
         self._plans.put(plan)
 
     def collect(self):
-        """The oldest step's result (the first time: the worker). Raises what the step raised."""
+        """The next result of a step or of copies (the first time: the worker), of either in their order.
+        Raises what a step or a copy raised."""
         result = self._results.get()
         if isinstance(result, BaseException):
             raise result
@@ -64,9 +71,10 @@ class LocalRank:
         self._plans.put(None)
         self._thread.join()
 
-    def _run(self, build: Callable[[Progress], _Steps]) -> None:
+    def _run(self, build: Build) -> None:
+        worker = None
         try:
-            worker = build(self._progress)
+            worker = build(self._progress, self._deliver, self._fail)
             self._deliver(worker)
             while (plan := self._plans.get()) is not None:
                 result = worker.step(plan)
@@ -74,6 +82,9 @@ class LocalRank:
                     self._deliver(result)
         except BaseException as error:
             self._fail(error)
+        finally:
+            if worker is not None:
+                worker.close()
 
     def _deliver(self, result: object) -> None:
         self._results.put(result)
@@ -83,28 +94,29 @@ class LocalRank:
 
 
 class LeadRank(LocalRank):
-    """Rank 0 of several: plans go to all ranks, results come from the one that samples.
+    """Rank 0 of several: plans go to all ranks, results come from the one that samples, copies' from each.
 
     A failure of any rank is raised by collect() and check() as the controller's RankFailure.
     """
 
-    def __init__(self, build: Callable[[Progress], _Steps], controller: Controller) -> None:
+    def __init__(self, build: Build, controller: Controller) -> None:
         self._controller = controller
         self._plans = queue.SimpleQueue()
         self._results = controller.results
         self._progress = controller.progress
-        self._num_in_flight = 0
+        self._num_expected = 0  # results of steps and of copies, that are still to come
         self.closed = False
         self._start(build)
 
     def submit(self, plan: StepPlan) -> None:
-        self._num_in_flight += 1
+        self._num_expected += bool(plan.rows)
+        self._num_expected += self._controller.place.world_size * (bool(plan.loads) + bool(plan.stores))
         self._controller.send(plan)
         self._plans.put(plan)
 
     def collect(self):
         result = super().collect()
-        self._num_in_flight -= isinstance(result, StepResult)
+        self._num_expected -= isinstance(result, StepResult | CopyResult)
         return result
 
     def check(self) -> None:
@@ -114,19 +126,19 @@ class LeadRank(LocalRank):
         return self._controller.stage_busy_s()
 
     def close(self) -> None:
-        """Ends this engine's plans on all ranks, after its steps in flight; after a failure, at once."""
+        """Ends this engine's plans on all ranks, after what is in flight; after a failure, at once."""
         if self.closed:
             return
         self.closed = True
         self._plans.put(None)
         self._controller.send(Close())
         deadline = time.monotonic() + END_S
-        while (self._thread.is_alive() or self._num_in_flight) and time.monotonic() < deadline:
+        while (self._thread.is_alive() or self._num_expected) and time.monotonic() < deadline:
             if self._controller.failed:
                 return
             with contextlib.suppress(queue.Empty):  # the next engine must not find this one's results
                 self._results.get(timeout=0.05)
-                self._num_in_flight -= 1
+                self._num_expected -= 1
 
     def _deliver(self, result: object) -> None:
         if isinstance(result, StepResult):

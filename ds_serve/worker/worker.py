@@ -1,23 +1,35 @@
-"""One rank's worker: owns its part of the model, the KV slab and the slots, and runs plans in order.
+"""One rank's worker: owns its part of the model, both KV slabs and the slots, and runs plans in order.
 
-Hidden states go along the pipeline through the grid, and the last stage's first shard draws the tokens. Knows
-no queue of requests and no text. Driven by LocalRank, or by cluster.py's followers.
+A plan's copies between the slabs are the copier's, and run beside its rows. Hidden states go along the
+pipeline through the grid, and the last stage's first shard draws the tokens. Knows no queue of requests and
+no text. Driven by LocalRank, or by cluster.py's followers.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 import psutil
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from ds_serve.attention.context import use_batch
 from ds_serve.config import Settings
-from ds_serve.messages import EngineInfo, StepPlan, StepResult
+from ds_serve.messages import (
+    CopyResult,
+    EngineInfo,
+    NewSequence,
+    Row,
+    SamplingParams,
+    StepPlan,
+    StepResult,
+)
 from ds_serve.model.loader import LoadedModel, ModelLoadError
 from ds_serve.parallel.control import Progress
 from ds_serve.parallel.grid import Grid
+from ds_serve.worker.copier import Copier
 from ds_serve.worker.sampler import Sampler
 from ds_serve.worker.slots import SlotTable, StepInputs
 
@@ -26,18 +38,36 @@ logger = logging.getLogger(__name__)
 DEFAULT_KV_SHARE = 0.3
 DEFAULT_KV_LIMIT = 4 * 2**30
 
+# Tokens whose prefill is timed: on a CPU a token's share hardly changes from here on, elsewhere a full step's
+# counts.
+TIMED_TOKENS_CPU = 128
+TIMED_ROUNDS = 3
+
 
 class Worker:
-    """step() maps a plan to its result. Steps must come in the order in which they were planned."""
+    """step() maps a plan to its result. Steps must come in the order in which they were planned.
+
+    deliver gets the results of copies, fail the copier's error: on the copier's thread.
+    """
 
     def __init__(
-        self, model: LoadedModel, settings: Settings, grid: Grid, progress: Progress | None = None
+        self,
+        model: LoadedModel,
+        settings: Settings,
+        grid: Grid,
+        progress: Progress,
+        deliver: Callable[[CopyResult], None],
+        fail: Callable[[BaseException], None],
     ) -> None:
         self.model, self.place = model, grid.place
         self._grid = grid
-        self._progress = progress or Progress()
-        # One block table serves all ranks, so the rank with the least memory sets the size.
-        [self.num_blocks] = grid.minimum([_num_blocks(model, settings, grid.ranks_here())])
+        self._progress = progress
+        # One block table serves all ranks, so the rank with the least memory sets the size, in each tier.
+        here = grid.ranks_here()
+        self.num_blocks, self.num_host_blocks = grid.minimum(
+            [_num_blocks(model, settings, here), _num_host_blocks(model, settings, here)]
+        )
+        [self._bytes_per_block] = grid.total([model.layout.bytes_per_block])
         held = self.num_blocks * settings.block_size
         if settings.max_model_len is not None and held < settings.max_model_len:
             raise ModelLoadError(
@@ -55,6 +85,68 @@ class Worker:
             self.num_blocks, settings.block_size, held,
             self.num_blocks * model.layout.bytes_per_block / 2**30,
         )  # fmt: skip
+        self._copier: Copier | None = None
+        self._copy_s = self._prefill_s = 0.0
+        if settings.host_cache:
+            self._open_host_tier(settings, deliver, fail)
+
+    def _open_host_tier(
+        self,
+        settings: Settings,
+        deliver: Callable[[CopyResult], None],
+        fail: Callable[[BaseException], None],
+    ) -> None:
+        """The host slab, its copier, and how fast that and the model are. All ranks do this together."""
+        model, place = self.model, self.place
+        if not self.num_host_blocks:
+            raise ModelLoadError(
+                f"host_cache of {settings.host_cache} bytes, split evenly over {place.world_size} ranks, "
+                f"holds no block of {model.layout.bytes_per_block} bytes on {place}: give more"
+            )
+        # Touched here once and for all: first stores shall not pay for page faults.
+        host_slab = model.layout.allocate(self.num_host_blocks, "cpu")
+        checksums = settings.host_checksums
+        self._copier = Copier(self._slab, host_slab, place.rank, deliver, fail, checksums)
+        self._copy_s, slowest = self._grid.maximum(
+            [self._copier.load_seconds(), self._prefill_seconds(settings)]
+        )
+        # A chunk goes through all stages, one after another, and each of them works no less than the slowest.
+        self._prefill_s = slowest * place.pp
+        logger.info(
+            "host cache: %d blocks (%d tokens), %.2f GiB here: %d bytes split evenly over ranks (%d), of "
+            "which the one with the fewest blocks counts; a block is loaded in %.3f ms, computed in %.3f ms",
+            self.num_host_blocks, self.num_host_blocks * settings.block_size, host_slab.nbytes / 2**30,
+            settings.host_cache, place.world_size,
+            self._copy_s * 1e3, self._prefill_s * settings.block_size * 1e3,
+        )  # fmt: skip
+
+    @torch.inference_mode()
+    def _prefill_seconds(self, settings: Settings) -> float:
+        """Seconds for each token of a prompt chunk on this stage alone, whose shards must all do this."""
+        model, stage, device = self.model, self.model.stage, self.model.device
+        count = min(settings.max_num_batched_tokens, self.max_model_len)
+        if device.type == "cpu":
+            count = min(count, TIMED_TOKENS_CPU)
+        blocks = list(range(-(-count // settings.block_size)))
+        tokens = [7919 * index % model.vocab_size for index in range(count)]
+        new = NewSequence(
+            slot=0, token_ids=tokens, num_prompt_tokens=count, params=SamplingParams(max_tokens=1)
+        )
+        hidden = None
+        if not self.place.is_first_stage:
+            hidden = torch.randn(1, count, stage.hidden_size, device=device).to(stage.dtype)
+        best = float("inf")
+        for _ in range(TIMED_ROUNDS):
+            self._slots.admit(new)
+            began = time.perf_counter()
+            row = Row(slot=0, start=0, count=count, new_block_ids=blocks, sample=True)
+            inputs = self._slots.build([row], self._slab, model.layout)
+            with use_batch(inputs.attention):
+                stage(inputs.input_ids, inputs.attention.positions, inputs.attention.sampled, hidden)
+            get_accelerator().synchronize()
+            best = min(best, (time.perf_counter() - began) / count)
+        self._slab[: len(blocks)].zero_()
+        return best
 
     def info(self, settings: Settings) -> EngineInfo:
         return EngineInfo(
@@ -63,6 +155,10 @@ class Worker:
             vocab_size=self.model.vocab_size,
             block_size=settings.block_size,
             num_blocks=self.num_blocks,
+            num_host_blocks=self.num_host_blocks,
+            bytes_per_block=self._bytes_per_block,
+            copy_s_per_block=self._copy_s,
+            prefill_s_per_token=self._prefill_s,
             device=str(self.model.device),
             dtype=str(self.model.dtype).removeprefix("torch."),
             tensor_parallel=self.place.tp,
@@ -71,7 +167,14 @@ class Worker:
 
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> StepResult | None:
-        """Runs the plan's rows through this rank's part of the model. None but on the rank that samples."""
+        """Starts the plan's copies, and runs its rows through this rank's part of the model.
+
+        None where there are no rows, and but on the rank that samples.
+        """
+        if plan.loads or plan.stores:
+            self._copier.start(plan.step, plan.loads, plan.stores)
+        if not plan.rows:
+            return None
         progress, began = self._progress, time.perf_counter()
         progress.step, progress.phase = plan.step, "compute"
         for new in plan.new:
@@ -93,6 +196,11 @@ class Worker:
         progress.busy_s += time.perf_counter() - began - waited
         progress.phase = "idle"
         return result
+
+    def close(self) -> None:
+        """Waits for the copies that were started. May be called twice."""
+        if self._copier is not None:
+            self._copier.close()
 
     def _receive(self, inputs: StepInputs) -> tuple[torch.Tensor | None, float]:
         """The hidden states [1, T, H] of the stage before (None on the first), and the seconds waited."""
@@ -139,3 +247,19 @@ def _num_blocks(model: LoadedModel, settings: Settings, ranks_here: int) -> int:
             f"kv_cache_memory of {memory} bytes holds no block of {model.layout.bytes_per_block} bytes"
         )
     return blocks
+
+
+def _num_host_blocks(model: LoadedModel, settings: Settings, ranks_here: int) -> int:
+    """How many blocks this rank's share of host_cache holds."""
+    if not settings.host_cache:
+        return 0
+    if not settings.prefix_caching:
+        raise ModelLoadError("host_cache keeps prefixes, and prefix_caching is off: give one or the other")
+    share = settings.host_cache // settings.world_size
+    available = psutil.virtual_memory().available
+    if share * ranks_here > available:
+        raise ModelLoadError(
+            f"host_cache of {settings.host_cache} bytes is {share} for each of the {ranks_here} ranks here, "
+            f"and this machine has {available} bytes available: give less"
+        )
+    return share // max(1, model.layout.bytes_per_block)

@@ -16,7 +16,7 @@ import msgspec
 import pytest
 from control_ranks import FileStore
 
-from ds_serve.messages import StepPlan
+from ds_serve.messages import Row, StepPlan
 from ds_serve.parallel.control import Controller, RankFailure
 from ds_serve.parallel.place import Place
 from ds_serve.parallel.wire import KEY, Address, Build
@@ -62,7 +62,7 @@ class Ranks:
 
     def step(self, *steps: int) -> None:
         for step in steps:
-            self.controller.send(StepPlan(step=step))
+            self.controller.send(StepPlan(step=step, rows=[Row(slot=0, start=step, count=1)]))
 
     def failure(self) -> str:
         """Results may come first; then the one failure, which check() has too."""

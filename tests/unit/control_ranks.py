@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from ds_serve.messages import StepPlan, StepResult
+from ds_serve.messages import CopyResult, StepPlan, StepResult
 from ds_serve.parallel.control import Controller, Follower
 from ds_serve.parallel.place import Place
 from ds_serve.parallel.wire import Build, Leave
@@ -64,6 +64,16 @@ def act(what: str, follower: Follower, step: int) -> None:
             raise AssertionError(what)
 
 
+def copies(follower: Follower, plan: StepPlan) -> None:
+    """Loads that fail where they are to go to this rank's own block, and stores that do not."""
+    rank = follower.place.rank
+    if plan.loads:
+        failed = [index for index, (_, block) in enumerate(plan.loads) if block == rank]
+        follower.deliver(CopyResult(rank=rank, step=plan.step, kind="load", failed=failed, seconds=0.5))
+    if plan.stores:
+        follower.deliver(CopyResult(rank=rank, step=plan.step, kind="store"))
+
+
 def follow(follower: Follower, journal: Path) -> int:
     orders: list = [-1, ""]
     steps: list[int] = []
@@ -80,7 +90,8 @@ def follow(follower: Follower, journal: Path) -> int:
                     act(orders[1], follower, message.step)
                 follower.progress.step = message.step
                 follower.progress.busy_s += 0.25
-                if follower.place.samples:
+                copies(follower, message)
+                if message.rows and follower.place.samples:
                     follower.deliver(StepResult(step=message.step, token_ids=steps))
     except Exception as error:
         follower.fail(error)

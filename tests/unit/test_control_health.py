@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from ds_serve.messages import StepPlan
+from ds_serve.messages import Row, StepPlan
 from ds_serve.parallel.health import Health, WakingClock, beat_interval, describe
 from ds_serve.parallel.place import Place
 from ds_serve.parallel.wire import Beat, Build, Close, Failure
 
 TIMEOUT_S = 6.0
 GLOO = "Connection closed by peer"
+
+
+def plan(step: int) -> StepPlan:
+    return StepPlan(step=step, rows=[Row(slot=0, start=0, count=1)])
 
 
 class Course:
@@ -133,7 +137,7 @@ def stalled(*states) -> tuple[str, str]:
     course.at(*states)
     course.run(3)
     for step in range(1, 6):
-        course.health.sent(StepPlan(step=step))
+        course.health.sent(plan(step))
     began = course.now
     verdict, when = course.run(60)
     assert TIMEOUT_S <= when - began <= TIMEOUT_S + 2.0
@@ -168,7 +172,7 @@ def test_no_stall(what):
     course = Course()
     course.at(*4 * [(1, 0, "compute")])
     course.run(1)
-    course.health.sent(StepPlan(step=1))
+    course.health.sent(plan(1))
     if what == "close":
         course.health.sent(Close())
     elif what == "build":
@@ -177,20 +181,32 @@ def test_no_stall(what):
         course.states[3] = (1, 0, "loading")
     for turn in range(10):
         if what == "result":  # results come, though no rank's heartbeat tells of it
-            course.health.sent(StepPlan(step=2 + turn))
+            course.health.sent(plan(2 + turn))
             course.health.landed()
         elif what == "attention call":
             course.states[2] = (1, turn, "compute")
         assert course.run(5) is None
 
 
+def test_copies_alone_are_no_step_in_flight():
+    course = Course()
+    course.run(1)
+    course.health.sent(plan(1))
+    course.health.landed()
+    course.health.sent(StepPlan(step=2, loads=[(1, 2)]))
+    assert course.run(20) is None
+    course.health.sent(plan(3))
+    course.health.sent(StepPlan(step=4, stores=[(1, 2)]))
+    assert "no progress" in course.run(20)[0]
+
+
 def test_results_that_come_after_a_close_do_not_hide_a_later_stall():
     course = Course()
     course.at(*4 * [(1, 0, "compute")])
-    course.health.sent(StepPlan(step=1))
+    course.health.sent(plan(1))
     course.health.sent(Close())
     course.health.landed()
-    course.health.sent(StepPlan(step=1))
+    course.health.sent(plan(1))
     assert "no progress" in course.run(20)[0]
 
 

@@ -160,6 +160,7 @@ def test_a_plan_of_64_rows_comes_back_as_it_was():
     ]
     for message in (
         StepPlan(step=3, rows=rows),
+        StepPlan(step=4, loads=[(70_000, 3), (1, 2)], stores=[(5, 0)]),
         Build(settings_json="{}"),
         Close(),
         Leave(),
