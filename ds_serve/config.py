@@ -104,7 +104,7 @@ class Settings(BaseSettings):
         "auto", description="sum over tensor shards on CPU: DeepSpeed's shared memory, or the process group"
     )
     rank_timeout: float = Field(
-        6.0, ge=1, description="seconds without a sign of progress after which a rank counts as lost"
+        5.0, ge=1, description="seconds without a sign of progress after which a rank counts as lost"
     )
 
     host: str = Field("127.0.0.1", description="address to serve on")
