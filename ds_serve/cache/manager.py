@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ds_serve.cache.hashing import block_key, root_key
@@ -44,8 +44,8 @@ class Match:
     another sequence right now.
     """
 
-    device: list[int]
-    beyond: list[tuple[Literal["device", "host"], int]]
+    device: list[int] = field(default_factory=list)
+    beyond: list[tuple[Literal["device", "host"], int]] = field(default_factory=list)
     waits: bool = False
 
     @property
@@ -185,13 +185,12 @@ class CacheManager:
         table.num_committed = len(match.device)
         if not load:
             return len(match.device) * self.block_size, []
+        table.loads = list(zip(match.host, self.pool.allocate(wanted), strict=True))
+        targets = dict(table.loads)
         for tier, block in match.beyond:
             if tier == "host":
                 self.host.begin_load(block)
-                (target,) = self.pool.allocate(1)
-                table.loads.append((block, target))
-                block = target
-            table.block_ids.append(block)
+            table.block_ids.append(targets[block] if tier == "host" else block)
         return match.num_blocks * self.block_size, list(table.loads)
 
     def loaded(self, table: BlockTable, loads: Sequence[tuple[int, int]], failed: Collection[int]) -> int:

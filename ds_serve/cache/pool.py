@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 from ds_serve.cache.policy import EvictionOrder
 
@@ -42,13 +43,13 @@ class BlockPool:
         self._by_key: dict[bytes, list[int]] = {}
         self._blank = list(range(num_blocks - 1, -1, -1))  # last out first
         self._zone: OrderedDict[int, None] = OrderedDict()  # first out first
-        self._held: set[int] = set()  # of the zone, but under copy: each goes back to its head
+        self._held: set[int] = set()  # of the zone: in use, and each keeps its place there
         self._order = EvictionOrder(num_blocks)
 
     @property
     def num_free(self) -> int:
         """Blocks that allocate() can give out, cached ones among them."""
-        return len(self._blank) + len(self._zone) + len(self._order)
+        return len(self._blank) + len(self._zone) - len(self._held) + len(self._order)
 
     @property
     def num_cached(self) -> int:
@@ -58,7 +59,7 @@ class BlockPool:
     @property
     def num_next(self) -> int:
         """Blocks that are given out before the eviction order is touched, those under hold() among them."""
-        return len(self._blank) + len(self._zone) + len(self._held)
+        return len(self._blank) + len(self._zone)
 
     def find(self, key: bytes) -> int | None:
         """A block that holds key's content, or None."""
@@ -81,15 +82,17 @@ class BlockPool:
         return self._refs[block] == 0
 
     def is_leaving(self, key: bytes) -> bool:
-        """Whether a block with this key is in the zone, or will go back there."""
-        return any(block in self._zone or block in self._held for block in self._by_key.get(key, ()))
+        """Whether a block with this key is in the zone."""
+        return any(block in self._zone for block in self._by_key.get(key, ()))
 
     def acquire(self, blocks: Sequence[int], is_hit: bool = True) -> None:
         """One more user for each of these blocks (of a match): they cannot be evicted until released."""
         for block in blocks:
-            if self._refs[block] == 0:
-                self._leave_order(block)
-            self._held.discard(block)
+            if block in self._zone:
+                del self._zone[block]
+                self._held.discard(block)
+            elif self._refs[block] == 0:
+                self._order.remove(block)
             self._refs[block] += 1
             self._uses[block] += is_hit
 
@@ -97,7 +100,15 @@ class BlockPool:
         """count blocks for one user, their old content forgotten. Raises OutOfBlocks, changing nothing."""
         if count > self.num_free:
             raise OutOfBlocks(f"{count} blocks wanted, {self.num_free} free of {self.num_blocks}")
-        blocks = [self._next_free() for _ in range(count)]
+        blocks = [self._blank.pop() for _ in range(min(count, len(self._blank)))]
+        unheld = (block for block in self._zone if block not in self._held)
+        victims = list(islice(unheld, count - len(blocks)))
+        for block in victims:
+            del self._zone[block]
+        victims += [self._order.pop() for _ in range(count - len(blocks) - len(victims))]
+        for block in victims:
+            self._evict(block)
+        blocks += victims
         for block in blocks:
             self._refs[block] = 1
         return blocks
@@ -121,7 +132,7 @@ class BlockPool:
     def release(self, blocks: Sequence[int]) -> None:
         """One user less for each block, given in table order: tails are evicted before heads.
 
-        A block that was held and not acquired since goes back to the zone's head.
+        A block that was held, and not acquired since, is free again in its old place in the zone.
         """
         for block in reversed(blocks):
             if self._refs[block] <= 0:
@@ -134,8 +145,6 @@ class BlockPool:
                 self._blank.append(block)
             elif block in self._held:
                 self._held.remove(block)
-                self._zone[block] = None
-                self._zone.move_to_end(block, last=False)
             else:
                 self._order.add(block, key, self._uses[block], self._depths[block])
 
@@ -148,15 +157,16 @@ class BlockPool:
         return block
 
     def hold(self, block: int) -> None:
-        """A user for a block of the zone, for a while: release() puts it back in its place."""
-        del self._zone[block]
+        """A user for a free block of the zone, which keeps its place there until somebody acquires it."""
+        if block not in self._zone or self._refs[block]:
+            raise ValueError(f"block {block} is not free in the zone: it cannot be held")
         self._held.add(block)
         self._refs[block] = 1
 
     def check_integrity(self, in_use: dict[int, int] | None = None) -> None:
         """Raise AssertionError unless the books are whole; in_use: expected users a block, others 0."""
         free = {block for block in range(self.num_blocks) if self._refs[block] == 0}
-        blank, zone = set(self._blank), set(self._zone)
+        blank, zone = set(self._blank), set(self._zone) - self._held
         ordered = {block for block in range(self.num_blocks) if block in self._order}
         assert free == blank | zone | ordered, f"free lists and reference counts differ: {free}"
         assert len(free) == self.num_free, "a block is in two free lists"
@@ -165,7 +175,7 @@ class BlockPool:
         assert all(self._keys[block] is not None for block in zone | ordered), (
             "a blank block counts as cached"
         )
-        assert not self._held & free, f"blocks held, and free: {self._held & free}"
+        assert self._held <= set(self._zone), "a block is held outside of the zone"
         named = [block for blocks in self._by_key.values() for block in blocks]
         keyed = [block for block, key in enumerate(self._keys) if key is not None]
         assert sorted(named) == keyed, f"keys and blocks differ: {sorted(named)} {keyed}"
@@ -176,16 +186,7 @@ class BlockPool:
             used = {block: refs for block, refs in enumerate(self._refs) if refs}
             assert used == in_use, f"blocks in use: book {used}, users {in_use}"
 
-    def _leave_order(self, block: int) -> None:
-        if block in self._zone:
-            del self._zone[block]
-        else:
-            self._order.remove(block)
-
-    def _next_free(self) -> int:
-        if self._blank:
-            return self._blank.pop()
-        block = self._zone.popitem(last=False)[0] if self._zone else self._order.pop()
+    def _evict(self, block: int) -> None:
         key = self._keys[block]
         self._keys[block] = None
         holders = self._by_key[key]
@@ -195,4 +196,3 @@ class BlockPool:
         self.num_evictions += 1
         if self._on_evict is not None:
             self._on_evict(key, self._uses[block], self._depths[block])
-        return block

@@ -1,4 +1,4 @@
-"""The block pool and the manager: hypothesis over random operations, and the rules one by one."""
+"""The block pool by hypothesis over random operations, and the rules of the device tier one by one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ class PoolMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.pool = BlockPool(7)
+        self.pool = BlockPool(7, lambda key, *_: self.evicted.append(key))
+        self.evicted: list[bytes] = []
         self.users: list[list[int]] = []
         self.content: dict[int, bytes] = {}
 
@@ -29,11 +30,12 @@ class PoolMachine(RuleBasedStateMachine):
                 self.pool.allocate(count)
             assert self.pool.num_free == free
             return
+        self.evicted.clear()
         blocks = self.pool.allocate(count)
         held = {block for user in self.users for block in user}
         assert len(set(blocks)) == count and not held & set(blocks)
-        for block in blocks:
-            self.content.pop(block, None)
+        known = [self.content.pop(block) for block in blocks if block in self.content]
+        assert self.evicted == known
         self.users.append(blocks)
 
     @precondition(lambda self: any(self.users))
@@ -56,6 +58,17 @@ class PoolMachine(RuleBasedStateMachine):
         if block is not None:
             assert self.content[block] == key
             self.pool.acquire([block])
+            self.users.append([block])
+
+    @rule(holds=st.booleans())
+    def advance_zone(self, holds):
+        free = self.pool.num_free
+        block = self.pool.advance_zone()
+        if block is None:
+            return
+        assert self.pool.is_leaving(self.content[block]) and self.pool.num_free == free
+        if holds:
+            self.pool.hold(block)
             self.users.append([block])
 
     @precondition(lambda self: self.users)

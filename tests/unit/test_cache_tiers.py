@@ -1,0 +1,388 @@
+"""The rules of the two tiers, one by one: what is stored when and found where, what a failed copy leaves."""
+
+from __future__ import annotations
+
+import pytest
+from cache_steps import admit, compute, land, prompt, serve, store
+
+from ds_serve.cache.host import HostBook, State, Twin
+from ds_serve.cache.manager import CacheManager, Match
+from ds_serve.cache.policy import EvictionOrder
+from ds_serve.cache.pool import OutOfBlocks
+
+
+def tiers(num_blocks: int = 4, num_host_blocks: int = 8, store_zone: int = 4) -> CacheManager:
+    return CacheManager(num_blocks, 4, num_host_blocks=num_host_blocks, store_zone=store_zone)
+
+
+def found(manager: CacheManager, tokens: list[int], salt: str = "") -> Match:
+    return manager.match(manager.new_table(salt), tokens)
+
+
+def pushed_out(*names: int, num_blocks: int = 3, num_host_blocks: int = 8) -> CacheManager:
+    """Prompts of three blocks, on a device of four (or num_blocks + 1); all but the last only on the host."""
+    manager = tiers(num_blocks + 1, num_host_blocks, num_blocks + 1)
+    for name in names:
+        serve(manager, prompt(name, num_blocks))
+    return manager
+
+
+# -- stores --------------------------------------------------------------------------------------
+
+
+def test_what_is_evicted_next_is_stored_and_found_on_the_host():
+    manager = pushed_out(1, 2)
+    match = found(manager, prompt(1, 3))
+    assert match.device == [] and len(match.host) == 3 and not match.waits
+    assert (manager.evictions, manager.lost_blocks, manager.num_host_used) == (3, 0, 6)
+
+
+def test_tails_are_stored_before_heads_and_blank_blocks_count_in_the_zone():
+    manager = tiers(num_blocks=6, store_zone=4)
+    table = compute(manager, manager.new_table(), prompt(1, 3))
+    head, middle, tail, _ = table.block_ids
+    manager.free(table)  # three are blank now
+    assert [device for device, _ in store(manager)] == [tail]
+    assert manager.stores() == []
+    manager.grow(manager.new_table(), 8)  # takes two of the blank ones
+    assert [device for device, _ in store(manager)] == [middle, head]
+
+
+def test_nothing_is_due_where_nothing_changed_and_the_order_is_not_asked(monkeypatch):
+    manager = tiers()
+    serve(manager, prompt(1, 3))
+    monkeypatch.setattr(EvictionOrder, "pop", None)
+    monkeypatch.setattr(EvictionOrder, "first", None)
+    assert manager.stores() == []
+
+
+def test_a_store_is_not_visible_before_it_is_done_and_its_source_stays():
+    manager = tiers()
+    table = compute(manager, manager.new_table(), prompt(1, 3))
+    manager.free(table)
+    stores = manager.stores()
+    assert len(stores) == 3 and manager.num_storing == 3 and manager.pool.num_free == 1
+    assert manager.stores() == [], "at most one store of a key at a time"
+    with pytest.raises(OutOfBlocks):
+        manager.pool.allocate(2)
+    assert manager.host.blocks(State.WRITING) == [0, 1, 2] and manager.host.blocks(State.READY) == []
+    assert len(found(manager, prompt(1, 3)).device) == 3
+    manager.stored(stores, [])
+    assert manager.pool.num_free == 4 and manager.host.blocks(State.READY) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+@pytest.mark.parametrize("zone", [3, 6])
+def test_stored_blocks_go_back_to_their_place_in_the_order(in_turn, zone):
+    manager = tiers(num_blocks=8, store_zone=zone)
+    first, second = (compute(manager, manager.new_table(), prompt(name, 3)) for name in (1, 2))
+    wanted = list(reversed(first.block_ids[:3])) + list(reversed(second.block_ids[:3]))
+    manager.free(first)
+    manager.pool.allocate(1)
+    early = manager.stores() if zone == 6 else []
+    manager.free(second)
+    manager.pool.allocate(1)  # no blank one is left
+    stores = early + manager.stores()
+    assert [device for device, _ in stores] == wanted[:zone]
+    for done in reversed([[pair] for pair in stores]) if in_turn else [stores]:
+        manager.stored(done, [])
+    assert manager.pool.allocate(6) == wanted
+
+
+def test_a_source_that_is_hit_while_its_store_runs_is_not_next_any_more():
+    manager = tiers()
+    manager.free(compute(manager, manager.new_table(), prompt(1, 3)))
+    stores = manager.stores()
+    table = admit(manager, prompt(1, 1))
+    (hit,) = table.block_ids
+    manager.free(table)
+    assert not manager.pool.is_free(hit), "its store still reads it"
+    manager.stored(stores, [])
+    manager.check_integrity()
+    assert manager.host.find(manager.pool.key(hit)).twin is Twin.STAYS
+    assert manager.pool.allocate(4)[-1] == hit
+
+
+def test_a_failed_store_is_dropped_and_not_tried_again():
+    manager = tiers()
+    manager.free(compute(manager, manager.new_table(), prompt(1, 3)))
+    stores = manager.stores()
+    manager.stored(stores, [1])
+    manager.check_integrity()
+    assert manager.num_host_used == 2 and manager.stores() == []
+    manager.pool.allocate(4)
+    assert (manager.evictions, manager.lost_blocks) == (3, 1)
+    assert len(found(manager, prompt(1, 3)).host) == 1, "the middle block is gone"
+
+
+def test_a_block_evicted_before_it_was_stored_is_lost_and_counted():
+    manager = tiers()
+    manager.free(compute(manager, manager.new_table(), prompt(1, 3)))
+    manager.pool.allocate(4)
+    assert (manager.evictions, manager.lost_blocks) == (3, 3)
+    alone = CacheManager(4, 4, store_zone=4)
+    alone.free(compute(alone, alone.new_table(), prompt(1, 3)))
+    assert alone.stores() == []
+    alone.pool.allocate(4)
+    assert (alone.evictions, alone.lost_blocks) == (3, 0), "without a host nothing counts as lost"
+
+
+def test_of_two_equal_blocks_the_second_keeps_the_key_on_the_device():
+    manager = tiers(num_blocks=2, store_zone=2)
+    one, two = manager.new_table(), manager.new_table()
+    for table in (one, two):
+        manager.grow(table, 4)
+    for table in (one, two):
+        manager.commit(table, prompt(1, 1), 4)
+    manager.free(one)
+    (pair,) = store(manager)
+    manager.pool.allocate(1)
+    assert manager.lost_blocks == 0 and found(manager, prompt(1, 1)).device == two.block_ids
+    assert manager.host.find(two.keys[0]).twin is Twin.STAYS
+    assert pair[0] != two.block_ids[0]
+
+
+# -- what the host gives up ----------------------------------------------------------------------
+
+
+def test_the_host_gives_up_what_the_device_holds_too_before_anything_else():
+    manager = tiers(num_blocks=9, num_host_blocks=6, store_zone=9)
+    for name in (1, 2):
+        serve(manager, prompt(name, 3))
+    blank = manager.pool.allocate(6)  # three blank ones, and the first prompt's
+    hit = admit(manager, prompt(2, 3))
+    spare = [manager.host.find(key).block for key in hit.keys]
+    manager.pool.release(blank[:2])
+    manager.free(compute(manager, manager.new_table(), prompt(3, 1)))
+    ((_, host),) = manager.stores()
+    assert host in spare and manager.host_evictions == 1
+    assert len(found(manager, prompt(1, 3)).host) == 3
+
+
+def test_else_the_one_that_left_the_device_first_goes_first():
+    manager = pushed_out(1, 2, 3, num_host_blocks=9)
+    serve(manager, prompt(4, 3))
+    assert found(manager, prompt(1, 3)).num_blocks == 0, "it left the device first"
+    assert len(found(manager, prompt(2, 3)).host) == 3 and len(found(manager, prompt(3, 3)).host) == 3
+
+
+def test_entries_in_use_or_about_to_be_the_only_copy_are_never_given_up():
+    book = HostBook(3)
+    leaving, loading, writing, late = (bytes([name]) * 16 for name in range(4))
+    assert [book.begin_store(key, 0, 0) for key in (leaving, loading, writing)] == [0, 1, 2]
+    for block in (0, 1):
+        book.end_store(block, ok=True)
+    book.settle(loading, Twin.GONE)
+    book.begin_load(1)
+    assert not book.has_room and book.begin_store(late, 0, 0) is None
+    with pytest.raises(ValueError, match="host block 2: must be ready, is writing"):
+        book.begin_load(2)
+    with pytest.raises(ValueError, match="in the host tier already"):
+        book.begin_store(writing, 0, 0)
+    book.end_load(1, ok=True)
+    assert book.has_room and book.begin_store(late, 0, 0) == 1 and book.find(loading) is None
+
+
+def test_stores_wait_for_host_entries_that_are_in_use():
+    manager = tiers(num_blocks=8, num_host_blocks=2, store_zone=8)
+    manager.free(compute(manager, manager.new_table(), prompt(1, 4)))
+    stores = manager.stores()
+    assert len(stores) == 2 and manager.stores() == [], "the host is full of entries under store"
+    manager.stored(stores, [])
+    assert manager.stores() == [], "both are next to leave the device"
+    table = manager.new_table()
+    manager.grow(table, 4 * 5)
+    assert len(manager.stores()) == 1, "one has left the device: it may go"
+
+
+def test_what_the_policy_would_give_up_at_once_is_not_stored(monkeypatch):
+    class MostUsedStays(EvictionOrder):
+        def add(self, block, key, uses, depth=0):
+            super().add(block, key, uses, depth)
+            self._uses = getattr(self, "_uses", {}) | {block: uses}
+
+        def pop(self):
+            victim = min(reversed(self._blocks), key=lambda block: self._uses[block])
+            self.remove(victim)
+            return victim
+
+    manager = tiers(num_blocks=2, num_host_blocks=1, store_zone=2)
+    manager.host._order = MostUsedStays(2)
+    for _ in range(2):
+        assert serve(manager, prompt(1, 1)) in (0, 4)
+    serve(manager, prompt(2, 1))
+    assert len(found(manager, prompt(1, 1)).host) == 1
+    assert manager.host_evictions == 0 and manager.num_host_used == 1
+    serve(manager, prompt(3, 1))
+    assert manager.lost_blocks == 1, "the second prompt was hit less often than the entry that is there"
+    manager.check_integrity()
+
+
+def test_both_tiers_together_hold_nearly_the_sum():
+    manager = CacheManager(20, 4, num_host_blocks=32, store_zone=6)
+    prompts = [prompt(name, 4) for name in range(11)]  # 44 blocks, asked for in a circle
+    assert sum(serve(manager, tokens) for tokens in prompts) == 0
+    for _ in range(3):
+        assert [serve(manager, tokens) for tokens in prompts] == [16] * 11
+    assert manager.lost_blocks == 0
+
+
+def test_hits_and_depth_reach_the_policy_over_both_tiers(monkeypatch):
+    seen = []
+    add = EvictionOrder.add
+
+    def spy(self, block, key, uses, depth=0):
+        seen.append((depth, uses))
+        add(self, block, key, uses, depth)
+
+    monkeypatch.setattr(EvictionOrder, "add", spy)
+    manager = tiers()
+    serve(manager, prompt(1, 2))
+    assert seen == [(1, 0), (0, 0)]
+    for name in (2, 1, 3, 1):
+        seen.clear()
+        serve(manager, prompt(name, 2))
+    assert (0, 2) in seen and (1, 2) in seen, "hit twice, each time on the host"
+
+
+# -- matching and loading ------------------------------------------------------------------------
+
+
+def mixed() -> tuple[CacheManager, list[int]]:
+    """A prompt of four blocks that lie on device, host, device, host."""
+    manager = CacheManager(8, 4, num_host_blocks=8, store_zone=8)
+    tokens = prompt(1, 4)
+    first = compute(manager, manager.new_table(), tokens)
+    keys = list(first.keys)
+    manager.free(first)
+    store(manager)
+    manager.pool.allocate(8)
+    for index in (0, 2):
+        manager.pool.commit(index, keys[index], index)
+        manager._settle(keys[index])
+    manager.pool.release(list(range(8)))
+    manager.check_integrity()
+    return manager, tokens
+
+
+def test_a_prefix_may_lie_device_host_device_host():
+    manager, tokens = mixed()
+    table = manager.new_table()
+    match = manager.match(table, tokens)
+    assert match.device == [0] and [tier for tier, _ in match.beyond] == ["host", "device", "host"]
+    assert match.num_blocks == 4 and match.taken(False) == [0] and match.taken(True) == [0, 2]
+    assert (manager.free_after(match), manager.free_after(match, load=True)) == (7, 6)
+    cached, loads = manager.take_prefix(table, match, load=True)
+    assert cached == 16 and [host for host, _ in loads] == match.host
+    assert table.block_ids == [0, loads[0][1], 2, loads[1][1]]
+    manager.check_integrity([table])
+    assert manager.loaded(table, loads, []) == 16
+    assert found(manager, tokens).device == table.block_ids
+
+
+def test_without_load_only_the_leading_part_is_taken():
+    manager, tokens = mixed()
+    table = manager.new_table()
+    assert manager.take_prefix(table, manager.match(table, tokens), load=False) == (4, [])
+    assert table.block_ids == [0] and manager.host.blocks(State.LOADING) == []
+
+
+def test_a_failed_load_cuts_the_prefix_and_shared_blocks_leave_the_table():
+    manager, tokens = mixed()
+    table = admit(manager, tokens)
+    (lost, target), (kept, later) = table.loads
+    manager.grow(table, len(tokens))
+    last = table.block_ids[-1]
+    assert manager.loaded(table, list(table.loads), [0]) == 4
+    manager.check_integrity([table])
+    assert table.block_ids == [0, target, later, last], (
+        "block 2 is visible to others: it must not be overwritten"
+    )
+    assert manager.pool.is_free(2) and manager.pool.key(2) is not None
+    assert manager.host.blocks(State.READY) == sorted({0, 1, 2, 3} - {lost}) and kept != lost
+    match = found(manager, tokens)
+    assert match.device == [0] and match.host == []
+    compute(manager, table, tokens)
+    manager.check_integrity([table])
+    assert len(found(manager, tokens).device) == 4
+
+
+def test_a_load_is_not_visible_before_it_is_done_and_others_wait_for_it():
+    manager = pushed_out(1, 2, num_blocks=3)
+    table = admit(manager, prompt(1, 3))
+    match = found(manager, prompt(1, 3))
+    assert match == Match([], [], waits=True)
+    assert not found(manager, prompt(9, 3)).waits
+    land(manager, table)
+    assert found(manager, prompt(1, 3)) == Match(table.block_ids, [])
+    assert all(manager.host.find(key).twin is Twin.STAYS for key in table.keys)
+
+
+def test_after_a_failed_load_nobody_waits_for_the_lost_key():
+    manager = pushed_out(1, 2)
+    table = admit(manager, prompt(1, 3))
+    assert land(manager, table, failed=[0, 1, 2]) == 0
+    assert found(manager, prompt(1, 3)) == Match()
+    manager.free(table)
+    manager.check_integrity()
+    assert manager.num_host_used == 3
+
+
+def test_an_aborted_load_lands_before_its_blocks_go():
+    manager = pushed_out(1, 2)
+    table = admit(manager, prompt(1, 3))
+    with pytest.raises(ValueError, match="must land first"):
+        manager.free(table)
+    land(manager, table)
+    manager.free(table)
+    manager.check_integrity()
+    assert manager.pool.num_free == 4 and len(found(manager, prompt(1, 3)).device) == 3
+
+
+def test_a_prefix_that_does_not_fit_changes_nothing():
+    manager = pushed_out(1, 2)
+    other = manager.new_table()
+    manager.grow(other, 8)
+    table = manager.new_table()
+    match = manager.match(table, prompt(1, 3))
+    with pytest.raises(OutOfBlocks, match="3 blocks wanted to load a prefix into, 2 free"):
+        manager.take_prefix(table, match, load=True)
+    manager.check_integrity([other, table])
+    assert manager.take_prefix(table, match, load=False) == (0, [])
+
+
+def test_a_hit_leaves_one_token_to_compute_on_the_host_too():
+    manager = pushed_out(1, 2)
+    assert len(found(manager, prompt(1, 3)[:12]).host) == 2
+    assert len(found(manager, prompt(1, 3)[:13]).host) == 3
+
+
+def test_no_hit_across_salts_in_either_tier():
+    manager = tiers()
+    serve(manager, prompt(1, 3), salt="a")
+    assert found(manager, prompt(1, 3), salt="b") == Match() and found(manager, prompt(1, 3)) == Match()
+    assert len(found(manager, prompt(1, 3), salt="a").device) == 3
+    serve(manager, prompt(2, 3))
+    assert found(manager, prompt(1, 3), salt="b") == Match() and found(manager, prompt(1, 3)) == Match()
+    assert len(found(manager, prompt(1, 3), salt="a").host) == 3
+
+
+def test_without_prefix_caching_neither_tier_holds_anything():
+    manager = CacheManager(4, 4, prefix_caching=False, num_host_blocks=8, store_zone=4)
+    assert serve(manager, prompt(1, 3)) == serve(manager, prompt(1, 3)) == 0
+    assert manager.num_host_blocks == manager.num_host_used == manager.lost_blocks == 0
+
+
+def test_what_was_not_ordered_cannot_land():
+    manager = pushed_out(1, 2)
+    table = admit(manager, prompt(1, 3))
+    with pytest.raises(ValueError, match="under way for this table"):
+        manager.loaded(table, table.loads[:1], [])
+    with pytest.raises(ValueError, match="under way for this table"):
+        manager.loaded(manager.new_table(), [], [])
+    with pytest.raises(ValueError, match="no store of device block 0 to host block 1"):
+        manager.stored([(0, 1)], [])
+    with pytest.raises(ValueError, match="empty table"):
+        manager.take_prefix(table, Match(), load=False)
+    with pytest.raises(ValueError, match="num_host_blocks"):
+        CacheManager(4, 4, num_host_blocks=-1)
