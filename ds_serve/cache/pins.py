@@ -78,6 +78,13 @@ class PinBook:
             self.unpin(name)
         self._next_expiry = min((pin.until for pin in self._pins.values()), default=math.inf)
 
+    def give_up(self) -> None:
+        """Release the pin that is missed least: the hint that expires first, else what must be pinned.
+
+        For one who needs the blocks and has no other way to get them. Raises ValueError where there is none.
+        """
+        self.unpin(min(self._pins, key=lambda name: (self._pins[name].must, self._pins[name].until)))
+
     def check_integrity(self) -> None:
         """Raise AssertionError unless the counts are those of the pins, and within the bound."""
         users = Counter(block for pin in self._pins.values() for block in pin.blocks)

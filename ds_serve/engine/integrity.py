@@ -1,6 +1,6 @@
 """Whether the scheduler's books are whole: queues, slots, counters and blocks.
 
-Reads what the scheduler keeps to itself, and changes nothing. Called by tests after every event.
+Changes nothing. Called by tests after every event.
 """
 
 from __future__ import annotations
@@ -14,19 +14,23 @@ if TYPE_CHECKING:
 
 def check(scheduler: Scheduler) -> None:
     """Raise AssertionError unless queues, slots, counters and all books of blocks are whole."""
-    waiting, running, landing = list(scheduler._waiting), scheduler._running, scheduler._landing
+    books = scheduler.books
+    waiting, running, landing = list(books.waiting), books.running, books.landing
     holders = running + landing
     scheduler.cache.check_integrity(sequence.table for sequence in holders)
-    slots = sorted(scheduler._free_slots + [sequence.slot for sequence in holders])
+    slots = sorted(books.free_slots + [sequence.slot for sequence in holders])
     assert slots == list(range(scheduler.limits.max_num_seqs)), f"slots lost or shared: {slots}"
     assert _is_sorted(waiting), "waiting out of order"
     assert _is_sorted(running), "running out of order"
     open_now = {sequence.request.id for sequence in waiting + running}
-    assert open_now == set(scheduler._sequences), f"requests lost: {open_now ^ set(scheduler._sequences)}"
+    assert open_now == set(books.sequences), f"requests lost: {open_now ^ set(books.sequences)}"
     assert all(sequence.num_in_flight for sequence in landing), "an ended sequence holds blocks"
-    in_flight = Counter(part.sequence for _, parts in scheduler._in_flight for part in parts)
+    in_flight = Counter(part.sequence for _, parts in books.in_flight for part in parts)
+    in_flight.update(books.copies.owners("load"))
+    loading = {sequence for sequence in holders if sequence.is_loading}
+    assert loading == set(books.copies.owners("load")), "loads under way and loading sequences differ"
     found = {sequence: sequence.num_in_flight for sequence in holders if sequence.num_in_flight}
-    assert found == in_flight, "steps in flight and their sequences' counters differ"
+    assert found == in_flight, "steps and loads in flight and their sequences' counters differ"
     for sequence in running:
         counters = (sequence.num_computed, sequence.num_scheduled, sequence.num_tokens)
         assert 0 <= counters[0] <= counters[1] <= counters[2], f"{sequence.request.id}: {counters}"

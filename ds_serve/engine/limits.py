@@ -22,7 +22,13 @@ MIN_CHUNK_TOKENS = 128
 
 @dataclass(frozen=True)
 class Limits:
-    """In sequences, tokens, steps and pipeline stages. vocab_size None: token ids are not checked."""
+    """In sequences, tokens, steps, pipeline stages and ranks. vocab_size None: token ids are not checked.
+
+    copy_s_per_block, prefill_s_per_token   measured at start; 0: unknown, and whatever the host has is loaded
+    bytes_per_block                         on all ranks together
+    audit_share                             share of prefix hits that are computed again and compared
+    max_overtaken                           how often a waiting request lets better cached ones go first
+    """
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -31,6 +37,12 @@ class Limits:
     max_steps_in_flight: int = 1
     vocab_size: int | None = None
     num_stages: int = 1
+    num_ranks: int = 1
+    copy_s_per_block: float = 0.0
+    prefill_s_per_token: float = 0.0
+    bytes_per_block: int = 0
+    audit_share: float = 0.0
+    max_overtaken: int = 4
 
     @property
     def num_batches(self) -> int:
@@ -42,6 +54,12 @@ class Limits:
         if self.num_batches == 1:
             return self.max_num_batched_tokens
         return max(MIN_CHUNK_TOKENS, -(-num_prompt_tokens // (CHUNKS_PER_STAGE * self.num_batches)))
+
+    def loads_pay(self, block_size: int) -> bool:
+        """Whether a block of block_size tokens is loaded from the host faster than it is computed."""
+        if not self.copy_s_per_block or not self.prefill_s_per_token:
+            return True
+        return self.copy_s_per_block < self.prefill_s_per_token * block_size
 
 
 def refusal(request: Request, limits: Limits, cache: CacheManager) -> str | None:
@@ -64,4 +82,15 @@ def refusal(request: Request, limits: Limits, cache: CacheManager) -> str | None
     needed = cache.blocks_for(total - 1)  # the last token is sampled, its KV never written
     if needed > cache.num_blocks:
         return f"can never fit: it needs {needed} KV blocks, and there are {cache.num_blocks}"
+    return _pin_refusal(request, cache)
+
+
+def _pin_refusal(request: Request, cache: CacheManager) -> str | None:
+    if not request.cache_key or request.pin != "must":
+        return None
+    if not cache.prefix_caching:
+        return "its prompt cannot be pinned: prefix caching is off"
+    blocks = len(request.prompt_token_ids) // cache.block_size
+    if blocks > cache.pins.max_blocks:
+        return f"its prompt cannot be pinned: {blocks} KV blocks, and {cache.pins.max_blocks} may be pinned"
     return None

@@ -15,6 +15,7 @@ import msgspec
 from ds_serve.engine.scheduler import Scheduler
 from ds_serve.messages import (
     Abort,
+    CopyResult,
     EngineMessage,
     FrontMessage,
     Output,
@@ -23,17 +24,21 @@ from ds_serve.messages import (
     StatsQuery,
     StepPlan,
     StepResult,
+    Unpin,
 )
 
 
 class Ranks(Protocol):
-    """The workers, all ranks as one. Results come back in the order of the plans."""
+    """The workers, all ranks as one. Steps' results come in the order of the plans, copies' in any order."""
 
     def submit(self, plan: StepPlan) -> None:
-        """Start a step; returns at once."""
+        """Start a plan's copies and its step; returns at once."""
 
-    def collect(self) -> StepResult:
-        """The oldest step's result; waits for it. Raises what the step raised."""
+    def collect(self) -> StepResult | CopyResult:
+        """The oldest step's result, or what one rank says of copies; waits for either.
+
+        Raises what the step or the copy raised.
+        """
 
     def check(self) -> None:
         """Raises if a rank has failed; called while nothing is in flight, at least every second."""
@@ -77,6 +82,7 @@ class EngineLoop:
         self._clock = clock
         self._active_s = 0.0  # with a step in flight, until the last time that none was
         self._active_since: float | None = None
+        self._is_idle = False  # nothing in flight, and the last turn found nothing to plan
 
     def run(self) -> None:
         """Serve until the front closes. A rank's failure ends every open request, then is raised on."""
@@ -106,26 +112,32 @@ class EngineLoop:
     def turn(self) -> None:
         """Take in messages, plan what may be planned, and take in one result."""
         scheduler = self.scheduler
-        idle = not scheduler.num_open and not scheduler.num_in_flight
-        messages = self._inbox.receive(wait=idle)
+        messages = self._inbox.receive(wait=self._is_idle)
         if messages:
             self._answer(messages)
-        if idle:
+        if self._is_idle:
             self._ranks.check()
         while scheduler.can_plan and (plan := scheduler.schedule()) is not None:
-            if self._active_since is None:
+            if plan.rows and self._active_since is None:
                 self._active_since = self._clock()
             self._ranks.submit(plan)
-        if scheduler.num_in_flight:
-            result = self._ranks.collect()
-            if scheduler.num_in_flight == 1:
-                self._active_s = self._active()
-                self._active_since = None
-            outputs = scheduler.update(result)
+        in_flight = scheduler.num_in_flight or scheduler.num_copying
+        if in_flight:
+            outputs = self._take_in(self._ranks.collect())
             if outputs:
                 self._deliver(outputs)
         elif scheduler.num_open:
             raise RuntimeError(f"{scheduler.num_open} requests are open and no step can be planned")
+        # After a result there may be something to plan, if only stores: idle is who had nothing to wait for.
+        self._is_idle = not in_flight
+
+    def _take_in(self, result: StepResult | CopyResult) -> list[Output]:
+        if isinstance(result, CopyResult):
+            return self.scheduler.copied(result)
+        if self.scheduler.num_in_flight == 1:
+            self._active_s = self._active()
+            self._active_since = None
+        return self.scheduler.update(result)
 
     def _answer(self, messages: Sequence[FrontMessage]) -> None:
         answers: list[EngineMessage] = []
@@ -136,6 +148,8 @@ class EngineLoop:
                     answer = self.scheduler.add(message)
                 case Abort():
                     answer = self.scheduler.abort(message.id)
+                case Unpin():
+                    answer = self.scheduler.unpin(message.cache_key, message.salt)
                 case StatsQuery():
                     answer = self._stats()
             if answer is not None:

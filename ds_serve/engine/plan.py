@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ds_serve.engine.copies import Pairs
 from ds_serve.engine.limits import Limits
 from ds_serve.engine.sequence import Sequence
 from ds_serve.messages import NewSequence, Row, StepPlan
@@ -28,6 +29,8 @@ class Draft:
     num_decodes         rows of a running sequence's single token that it may still take
     num_prompt_tokens   what all micro-batches share
     budget, chunks      tokens that it may still take, and how many of them in prompt chunks; below 1: none
+    loads               of those that were admitted without rows
+    short_of_blocks     a running sequence lacked blocks; is_held_up: a waiting one did, or waits for a load
     """
 
     limits: Limits
@@ -37,7 +40,9 @@ class Draft:
     chunks: int = field(init=False)
     counts: dict[Sequence, int] = field(default_factory=dict)
     new_blocks: dict[Sequence, list[int]] = field(default_factory=dict)
+    loads: list[tuple[Sequence, Pairs]] = field(default_factory=list)
     short_of_blocks: bool = False
+    is_held_up: bool = False
 
     def __post_init__(self) -> None:
         self.budget = self.limits.max_num_batched_tokens
@@ -68,8 +73,8 @@ class Draft:
         self.num_prompt_tokens -= num_cached
         self.chunks -= before - self.limits.chunk_tokens(self.num_prompt_tokens)
 
-    def make(self, step: int) -> tuple[StepPlan, list[Part]]:
-        """The plan's sequences and rows, and each sequence's part in it; their counters move now.
+    def make(self, step: int, stores: Pairs) -> tuple[StepPlan, list[Part]]:
+        """The plan, and each sequence's part in its rows; their counters move now.
 
         A sequence's first rows bring the sequence itself and all of its blocks.
         """
@@ -97,7 +102,8 @@ class Draft:
             sequence.num_scheduled += count
             sequence.num_pending += samples
             sequence.num_in_flight += 1
-        return StepPlan(step=step, new=new, rows=rows), parts
+        loads = [pair for _, pairs in self.loads for pair in pairs]
+        return StepPlan(step=step, new=new, rows=rows, loads=loads, stores=stores), parts
 
 
 def _new(sequence: Sequence) -> NewSequence:

@@ -14,7 +14,7 @@ class Sequence:
 
         token_ids        prompt + confirmed output
         num_pending      sampled by steps in flight, value not yet known here
-        num_scheduled    KV is written, or will be by the steps in flight
+        num_scheduled    KV is written, or will be by the steps and loads in flight
         num_computed     KV is written, confirmed by a result
         num_admitted     known when it took its slot; the ranks draw later ones, or, in a pipeline, get
                          them with the plan that computes them
@@ -22,7 +22,9 @@ class Sequence:
 
         num_computed <= num_scheduled <= len(token_ids) + num_pending
 
-    There is no prefill and no decode phase: a sequence has a gap, and the scheduler closes it.
+    Where its table waits for loads, they are in flight from its admission on, and it takes part in no step
+    until they have landed. There is no prefill and no decode phase: a sequence has a gap, and the scheduler
+    closes it.
     """
 
     __slots__ = (
@@ -33,19 +35,27 @@ class Sequence:
         "first_scheduled_at",
         "first_token_at",
         "is_announced",
+        "is_audit",
+        "is_sampled",
+        "look_again_at",
         "num_admitted",
         "num_cached_tokens",
         "num_computed",
+        "num_host_tokens",
         "num_in_flight",
+        "num_overtaken",
         "num_pending",
         "num_prefill",
         "num_prompt_tokens",
         "num_scheduled",
+        "prefix_score",
         "queued_at",
         "request",
         "slot",
         "table",
         "token_ids",
+        "uses_cache",
+        "waits_for_load",
     )
 
     def __init__(self, request: Request, table: BlockTable, arrival: int, now: float) -> None:
@@ -60,11 +70,22 @@ class Sequence:
         self.num_computed = 0
         self.num_admitted = 0
         self.num_prefill = 0
-        self.num_in_flight = 0  # steps
-        self.num_cached_tokens: int | None = None  # set once, at the first admission
+        self.num_in_flight = 0  # steps, and its loads as one
+        self.num_cached_tokens: int | None = (
+            None  # set once, at the first admission or when its loads are done
+        )
+        self.num_host_tokens = 0  # of those
         self.slot: int | None = None  # holds a slot exactly while it holds blocks
         self.is_announced = False  # the ranks know that it has the slot
         self.draining = False  # chosen as a victim while in flight: preempted once it has landed
+        self.uses_cache = True  # False: neither matches nor is published
+        self.is_audit = False  # the engine's own
+        self.is_sampled = False  # a hit to be audited
+        # While it waits: what the cache held for it when that was last looked up, and until when that stands.
+        self.prefix_score = 0.0
+        self.waits_for_load = False
+        self.look_again_at = 0
+        self.num_overtaken = 0
         self.finish_reason: FinishReason | None = None
         self.queued_at = now
         self.first_scheduled_at = 0.0
@@ -93,6 +114,10 @@ class Sequence:
     @property
     def is_finished(self) -> bool:
         return self.finish_reason is not None
+
+    @property
+    def is_loading(self) -> bool:
+        return bool(self.table.loads)
 
     @property
     def times(self) -> tuple[float, float, float]:

@@ -1,14 +1,25 @@
 """Workers without a model: they keep what each KV slot holds and check every plan against it.
 
 A position's KV is stood for by a checksum of all tokens up to it, and a sampled token is a function of the
-sequence so far, so a wrong block, a stale block or a lost token shows as a wrong answer.
+sequence so far, so a wrong block, a stale block, a block that one rank lacks or a lost token shows as a wrong
+answer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from zlib import crc32
 
-from ds_serve.messages import Request, Row, SamplingParams, StepPlan, StepResult
+from ds_serve.messages import (
+    CopyResult,
+    Request,
+    Row,
+    SamplingParams,
+    StepPlan,
+    StepResult,
+    TokenLogprob,
+)
 
 VOCAB = 50
 
@@ -34,13 +45,17 @@ def make_request(name: object, prompt: list[int], max_tokens: int, **fields) -> 
     return Request(id=str(name), prompt_token_ids=prompt, params=params, **fields)
 
 
-class _Stage:
-    """One stage's KV. It knows no tokens but those of a row, handed on as hidden states are."""
+LOST = (-1, -1)
 
-    def __init__(self, num_blocks: int, block_size: int, max_num_seqs: int) -> None:
+
+class _Rank:
+    """One rank's KV, on the device and on the host. It knows no tokens but those of a row: hidden states."""
+
+    def __init__(self, num_blocks: int, block_size: int, max_num_seqs: int, num_host_blocks: int) -> None:
         self.block_size = block_size
         # A position holds its token and the checksum of all tokens up to it.
-        self.kv: list[list[tuple[int, int]]] = [[(-1, -1)] * block_size for _ in range(num_blocks)]
+        self.kv: list[list[tuple[int, int]]] = [[LOST] * block_size for _ in range(num_blocks)]
+        self.host: list[list[tuple[int, int]]] = [[LOST] * block_size for _ in range(num_host_blocks)]
         self.tables: list[list[int]] = [[] for _ in range(max_num_seqs)]
 
     def write(self, row: Row, tokens: list[int]) -> None:
@@ -65,46 +80,124 @@ class _Stage:
     def _at(self, slot: int, position: int) -> tuple[int, int]:
         return self.kv[self.tables[slot][position // self.block_size]][position % self.block_size]
 
+    def slabs(self, kind: str) -> tuple[list, list]:
+        """Where copies of this kind come from and where they go."""
+        return (self.host, self.kv) if kind == "load" else (self.kv, self.host)
+
+    def spoil(self, kind: str, blocks: Iterable[int]) -> None:
+        """Targets of copies that were not made, or not yet."""
+        target = self.slabs(kind)[1]
+        for block in blocks:
+            target[block] = [LOST] * self.block_size
+
+
+@dataclass(frozen=True)
+class Copies:
+    """One rank's part in a plan's loads or stores: pairs of (source block, target block)."""
+
+    rank: int
+    step: int
+    kind: str
+    pairs: list[tuple[int, int]]
+
 
 class SimulatedWorker:
     """Runs plans at once and gives the results back in order, as the ranks do.
 
     One stage remembers the tokens that it draws. Of several, the first knows what plans tell it and no more,
-    and the last draws.
+    and the last draws. Stages have equally many ranks, each with its own KV and host memory.
+
+    copies are what plans have ordered and copy() has not done yet. Until then their targets hold nothing that
+    anybody may read. cached_error is added to log probabilities of sequences that began with a prefix hit.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, max_num_seqs: int, num_stages: int = 1) -> None:
-        self.stages = [_Stage(num_blocks, block_size, max_num_seqs) for _ in range(num_stages)]
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        num_stages: int = 1,
+        num_ranks: int | None = None,
+        num_host_blocks: int = 0,
+    ) -> None:
+        self.num_stages = num_stages
+        self.ranks = [
+            _Rank(num_blocks, block_size, max_num_seqs, num_host_blocks)
+            for _ in range(num_ranks or num_stages)
+        ]
         self.tokens: list[list[int]] = [[] for _ in range(max_num_seqs)]
+        self.num_logprobs: list[int | None] = [None] * max_num_seqs
+        self.is_hit = [False] * max_num_seqs
+        self.copies: list[Copies] = []
+        self.cached_error = 0.0
         self.num_computed = 0
         self.max_step_tokens = 0
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def run(self, plan: StepPlan) -> StepResult | None:
+        """The result of the plan's step; None where it only orders copies."""
+        self._order("load", plan.step, plan.loads)
+        self._order("store", plan.step, plan.stores)
         for new in plan.new:
             self.tokens[new.slot] = list(new.token_ids)
-            for stage in self.stages:
-                stage.tables[new.slot] = []
+            self.num_logprobs[new.slot] = new.params.logprobs
+            for rank in self.ranks:
+                rank.tables[new.slot] = []
         slots = [row.slot for row in plan.rows]
         assert len(set(slots)) == len(slots), "a slot has two rows in one step"
         num_tokens = sum(row.count for row in plan.rows)
         self.num_computed += num_tokens
         self.max_step_tokens = max(self.max_step_tokens, num_tokens)
         inputs = [self._inputs(row) for row in plan.rows]
-        for stage in self.stages:
+        for rank in self.ranks:
             for row, tokens in zip(plan.rows, inputs, strict=True):
-                stage.write(row, tokens)
-            checksums = [stage.attend(row) for row in plan.rows]
-        sampled = [sum_ % VOCAB for row, sum_ in zip(plan.rows, checksums, strict=True) if row.sample]
-        if len(self.stages) == 1:
-            for slot, token in zip((row.slot for row in plan.rows if row.sample), sampled, strict=True):
+                rank.write(row, tokens)
+            checksums = [rank.attend(row) for row in plan.rows]
+        drawn = [(row.slot, sum_) for row, sum_ in zip(plan.rows, checksums, strict=True) if row.sample]
+        sampled = [sum_ % VOCAB for _, sum_ in drawn]
+        if self.num_stages == 1:
+            for (slot, _), token in zip(drawn, sampled, strict=True):
                 self.tokens[slot].append(token)
-        return StepResult(step=plan.step, token_ids=sampled)
+        for new in plan.new:
+            self.is_hit[new.slot] = next(row.start > 0 for row in plan.rows if row.slot == new.slot)
+        logprobs = [self._logprobs(slot, sum_) for slot, sum_ in drawn]
+        if not plan.rows:
+            return None
+        return StepResult(step=plan.step, token_ids=sampled, logprobs=logprobs if any(logprobs) else [])
+
+    def copy(self, copies: Copies, failed: Collection[int] = ()) -> CopyResult:
+        """One rank makes its copies, all but those that fail."""
+        self.copies.remove(copies)
+        rank = self.ranks[copies.rank]
+        source, target = rank.slabs(copies.kind)
+        for index, (from_, to) in enumerate(copies.pairs):
+            if index not in failed:
+                target[to] = list(source[from_])
+        return CopyResult(
+            rank=copies.rank, step=copies.step, kind=copies.kind, failed=sorted(failed), seconds=0.5
+        )
+
+    def _order(self, kind: str, step: int, pairs: list[tuple[int, int]]) -> None:
+        if not pairs:
+            return
+        for index, rank in enumerate(self.ranks):
+            rank.spoil(kind, (target for _, target in pairs))
+            self.copies.append(Copies(index, step, kind, list(pairs)))
+
+    def _logprobs(self, slot: int, checksum: int) -> TokenLogprob | None:
+        count = self.num_logprobs[slot]
+        if count is None:
+            return None
+        best = -(checksum % 89) / 100 + self.is_hit[slot] * self.cached_error
+        top = [best - index for index in range(count)]
+        return TokenLogprob(
+            logprob=best, top_ids=[(checksum + index) % VOCAB for index in range(count)], top_logprobs=top
+        )
 
     def _inputs(self, row: Row) -> list[int]:
         """The row's tokens, which the first stage must know by now."""
         known, end = self.tokens[row.slot], row.start + row.count
         if row.token_ids:
-            assert len(self.stages) > 1, "one stage remembers its tokens itself"
+            assert self.num_stages > 1, "one stage remembers its tokens itself"
             assert len(known) + len(row.token_ids) == end, (
                 "token_ids are not the row's last, or known already"
             )

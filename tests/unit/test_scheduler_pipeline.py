@@ -159,7 +159,7 @@ def test_a_readmitted_sequence_brings_everything_and_then_only_what_is_new():
         pipeline.plan()
         pipeline.land()
     scheduler = pipeline.scheduler
-    scheduler._preempt(scheduler._running[0])
+    scheduler.books.preempt(scheduler.books.running[0])
     drawn = list(pipeline.tokens["a"])
     (plan,) = pipeline.plan()
     assert plan.new[0].token_ids == [1, 2, 3, 4, 5, *drawn]
@@ -190,7 +190,7 @@ def test_a_victim_with_several_chunks_in_flight_is_drained_and_loses_nothing():
     drained = []
     while pipeline.scheduler.num_open:
         pipeline.plan()
-        drained += [each.num_in_flight for each in pipeline.scheduler._running if each.draining]
+        drained += [each.num_in_flight for each in pipeline.scheduler.books.running if each.draining]
         pipeline.land()
     assert drained == [2, 1] and pipeline.scheduler.stats().num_preemptions
     assert pipeline.tokens == {request.id: expected_output(request) for request in requests}

@@ -173,7 +173,7 @@ def test_cached_tokens_count_once_also_after_preemption():
     scheduler.add(make_request("b", [7] * 12, 3))
     _, outputs = step(scheduler, worker)
     assert (outputs[0].num_cached_tokens, outputs[0].num_prompt_tokens) == (8, 12)
-    scheduler._preempt(scheduler._running[0])
+    scheduler.books.preempt(scheduler.books.running[0])
     while scheduler.num_open:
         _, outputs = step(scheduler, worker)
         assert outputs[0].num_cached_tokens == 8

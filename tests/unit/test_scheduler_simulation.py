@@ -1,10 +1,13 @@
-"""The scheduler against simulated workers: random arrivals, lengths, aborts, priorities, pool sizes, numbers
-of pipeline stages, and moments at which results come back."""
+"""The scheduler against simulated workers: random arrivals, lengths, aborts, priorities, pins, sizes of both
+tiers, numbers of stages and ranks, failing copies, and moments at which results come back."""
 
 from __future__ import annotations
 
 from collections import Counter, deque
+from dataclasses import dataclass, replace
 from itertools import cycle
+from math import inf
+from random import Random
 from unittest.mock import patch
 
 from hypothesis import given, settings
@@ -15,12 +18,48 @@ from ds_serve.cache.manager import CacheManager
 from ds_serve.engine import limits as limits_module
 from ds_serve.engine.limits import Limits
 from ds_serve.engine.scheduler import Scheduler
+from ds_serve.messages import Request
 
 BLOCK = 4
 
 
+@dataclass
+class Workload:
+    """What is served, on what, and when what happens. Each list is gone through again and again.
+
+    arrivals    requests that come before each turn
+    aborts      turn -> the request that is aborted in it; unpins: turn -> the cache key that is released
+    moments     in each turn: steps planned at most, and results taken in. (9, 1) is the loop
+    luck        when ranks make their copies, which of these fail, and when the engine learns of it
+    """
+
+    num_blocks: int
+    limits: Limits
+    requests: list[Request]
+    arrivals: list[int]
+    aborts: dict[int, int]
+    unpins: dict[int, str]
+    moments: list[tuple[int, int]]
+    luck: int
+    failure_rate: float
+    num_host_blocks: int = 0
+    store_zone: int = 0
+    max_pinned_blocks: int = 0
+    prefix_caching: bool = True
+
+    def cache(self) -> CacheManager:
+        return CacheManager(
+            self.num_blocks,
+            BLOCK,
+            prefix_caching=self.prefix_caching,
+            num_host_blocks=self.num_host_blocks,
+            store_zone=self.store_zone,
+            max_pinned_blocks=self.max_pinned_blocks,
+        )
+
+
 @st.composite
-def workloads(draw):
+def workloads(draw, max_overtaken=4):
     num_blocks = draw(st.integers(4, 24))
     longest = num_blocks * BLOCK
     prefixes = draw(
@@ -41,6 +80,9 @@ def workloads(draw):
                 ignore_eos=draw(st.booleans()),
                 priority=draw(st.integers(0, 2)),
                 salt=draw(st.sampled_from(["", "b"])),
+                cache_key=draw(st.sampled_from(["", "", "k", "l"])),
+                cache_ttl=float(draw(st.integers(1, 200))),
+                pin=draw(st.sampled_from(["hint", "must"])),
             )
         )
     num_stages = draw(st.integers(1, 4))
@@ -51,65 +93,122 @@ def workloads(draw):
         max_steps_in_flight=draw(st.sampled_from([num_stages, 1, 2, 3, num_stages + 1])),
         vocab_size=VOCAB,
         num_stages=num_stages,
+        num_ranks=num_stages * draw(st.integers(1, 4 // num_stages)),
+        copy_s_per_block=draw(st.sampled_from([0.0, 1.0, 1.0])),
+        prefill_s_per_token=draw(st.sampled_from([0.0, 1.0, 0.1])),
+        audit_share=draw(st.sampled_from([0.0, 0.0, 0.5, 1.0])),
+        max_overtaken=max_overtaken,
     )
-    # Before each step: which requests arrive, which are aborted.
-    arrivals = draw(st.lists(st.integers(0, 4), min_size=1, max_size=8))
-    aborts = draw(st.dictionaries(st.integers(0, 30), st.integers(0, len(requests) - 1), max_size=5))
-    # In each turn: how many steps are planned at most, and how many results come back. (9, 1) is the loop.
     some = st.tuples(st.sampled_from([1, 2, 9]), st.integers(0, 3))
-    moments = draw(st.lists(some, min_size=1, max_size=6) | st.just([(9, 1)]))
-    return num_blocks, limits, requests, arrivals, aborts, moments
+    return Workload(
+        num_blocks,
+        limits,
+        requests,
+        arrivals=draw(st.lists(st.integers(0, 4), min_size=1, max_size=8)),
+        aborts=draw(st.dictionaries(st.integers(0, 30), st.integers(0, len(requests) - 1), max_size=5)),
+        unpins=draw(st.dictionaries(st.integers(0, 30), st.sampled_from("kl"), max_size=3)),
+        moments=draw(st.lists(some, min_size=1, max_size=6) | st.just([(9, 1)])),
+        luck=draw(st.integers(0, 999)),
+        failure_rate=draw(st.sampled_from([0.0, 0.0, 0.1, 0.5])),
+        num_host_blocks=draw(st.sampled_from([0, 1, 4, 16, 64])),
+        store_zone=draw(st.integers(1, num_blocks)),
+        max_pinned_blocks=draw(st.integers(0, num_blocks)),
+        prefix_caching=draw(st.sampled_from([True, True, True, False])),
+    )
 
 
-def drive(num_blocks, limits, requests, arrivals, aborts, moments, prefix_caching=True):
-    """Runs everything to its end; returns the outputs by request id, the scheduler and the worker."""
-    with patch.object(limits_module, "MIN_CHUNK_TOKENS", 1 + num_blocks % 8):  # small, so that steps are cut
-        return _drive(num_blocks, limits, requests, arrivals, aborts, cycle(moments), prefix_caching)
+class Simulation:
+    """Runs a workload to its end: outputs by request id, the scheduler and the worker."""
 
+    def __init__(self, load: Workload) -> None:
+        self.load, limits = load, load.limits
+        self.turn = 0
+        self.scheduler = Scheduler(limits, load.cache(), clock=lambda: 1.0 + self.turn)
+        self.worker = SimulatedWorker(
+            load.num_blocks,
+            BLOCK,
+            limits.max_num_seqs,
+            limits.num_stages,
+            limits.num_ranks,
+            load.num_host_blocks,
+        )
+        self.outputs = {request.id: [] for request in load.requests}
+        self.results: deque = deque()  # of steps
+        self.copied: list = []  # what ranks have said of copies, not known to the engine
+        self.luck = Random(load.luck)
 
-def _drive(num_blocks, limits, requests, arrivals, aborts, moments, prefix_caching):
-    scheduler = Scheduler(limits, CacheManager(num_blocks, BLOCK, prefix_caching=prefix_caching))
-    worker = SimulatedWorker(num_blocks, BLOCK, limits.max_num_seqs, limits.num_stages)
-    outputs = {request.id: [] for request in requests}
-    pending, results, turn = deque(requests), deque(), 0
+    def run(self) -> Simulation:
+        load, scheduler, pending = self.load, self.scheduler, deque(self.load.requests)
+        moments = cycle(load.moments)
+        # Small chunks, so that steps are cut.
+        with patch.object(limits_module, "MIN_CHUNK_TOKENS", 1 + load.num_blocks % 8):
+            while pending or scheduler.num_open or scheduler.num_in_flight or scheduler.num_copying:
+                self._arrive(pending)
+                self.turn += 1
+                assert self.turn < 5000, "no progress"
+                most_plans, num_results = next(moments)
+                is_stuck = not self._plan(most_plans)
+                self._copy(is_stuck)
+                for _ in range(min(num_results or int(is_stuck), len(self.results))):
+                    self._take(scheduler.update(self.results.popleft()))
+        return self
 
-    def take(output):
-        if output is not None:
-            outputs[output.id].append(output)
-
-    while pending or scheduler.num_open or scheduler.num_in_flight:
-        for _ in range(arrivals[turn % len(arrivals)] if turn < 40 else len(pending)):
+    def _arrive(self, pending) -> None:
+        load, scheduler = self.load, self.scheduler
+        for _ in range(load.arrivals[self.turn % len(load.arrivals)] if self.turn < 40 else len(pending)):
             if pending:
-                take(scheduler.add(pending.popleft()))
-        if turn in aborts:
-            take(scheduler.abort(str(aborts[turn])))
-        turn += 1
-        assert turn < 5000, "no progress"
-        most_plans, num_results = next(moments)
-        num_plans = 0
+                self._take([scheduler.add(pending.popleft())])
+        if self.turn in load.aborts:
+            self._take([scheduler.abort(str(load.aborts[self.turn]))])
+        if self.turn in load.unpins:
+            scheduler.unpin(load.unpins[self.turn], "")
+
+    def _plan(self, most_plans: int) -> int:
+        scheduler, num_plans = self.scheduler, 0
         while num_plans < most_plans and scheduler.can_plan and (plan := scheduler.schedule()) is not None:
-            results.append(worker.run(plan))
+            assert plan.rows or plan.loads or plan.stores, "an empty plan"
+            result = self.worker.run(plan)
+            if result is not None:
+                self.results.append(result)
             num_plans += 1
             scheduler.check_integrity()
-        assert len(results) <= limits.max_steps_in_flight
-        assert results or not scheduler.num_open, "open requests, nothing in flight and nothing to plan"
-        for _ in range(min(num_results or int(not num_plans), len(results))):
-            for output in scheduler.update(results.popleft()):
-                take(output)
-            scheduler.check_integrity()
-    return outputs, scheduler, worker
+        assert len(self.results) == scheduler.num_in_flight <= self.load.limits.max_steps_in_flight
+        in_flight = self.results or self.worker.copies or self.copied
+        assert in_flight or not scheduler.num_open, "open requests, nothing in flight and nothing to plan"
+        return num_plans
+
+    def _copy(self, is_stuck: bool) -> None:
+        """Some ranks make their copies, some words of it arrive: at least one where nothing else goes on."""
+        luck, copies = self.luck, self.worker.copies
+        for _ in range(luck.randint(0, 4)):
+            if copies:
+                each = luck.choice(copies)
+                failed = [i for i in range(len(each.pairs)) if luck.random() < self.load.failure_rate]
+                self.copied.append(self.worker.copy(each, failed))
+        if is_stuck and copies and not self.copied and not self.results:
+            self.copied.append(self.worker.copy(copies[0]))
+        for _ in range(luck.randint(int(is_stuck), 4)):
+            if self.copied:
+                self._take(self.scheduler.copied(self.copied.pop(luck.randrange(len(self.copied)))))
+
+    def _take(self, outputs) -> None:
+        for output in outputs:
+            if output is not None:
+                self.outputs[output.id].append(output)
+        self.scheduler.check_integrity()
 
 
 @settings(max_examples=300, deadline=None)
-@given(workloads(), st.booleans())
-def test_every_request_ends_once_with_the_right_tokens_and_every_block_comes_back(workload, prefix_caching):
-    num_blocks, limits, requests, *_ = workload
-    outputs, scheduler, worker = drive(*workload, prefix_caching=prefix_caching)
+@given(workloads())
+def test_every_request_ends_once_with_the_right_tokens_and_every_block_comes_back(load):
+    simulation = Simulation(load).run()
+    scheduler, outputs = simulation.scheduler, simulation.outputs
 
-    assert worker.max_step_tokens <= limits.max_num_batched_tokens
-    assert scheduler.cache.pool.num_free == num_blocks
-    scheduler.cache.check_integrity()
-    for request in requests:
+    assert simulation.worker.max_step_tokens <= load.limits.max_num_batched_tokens
+    scheduler.cache.expire(inf)
+    assert scheduler.cache.pool.num_free == load.num_blocks
+    scheduler.check_integrity()
+    for request in load.requests:
         ends = [output.finish_reason for output in outputs[request.id] if output.finish_reason]
         assert len(ends) == 1 and outputs[request.id][-1].finish_reason == ends[0]
         tokens = [token for output in outputs[request.id] for token in output.token_ids]
@@ -117,24 +216,33 @@ def test_every_request_ends_once_with_the_right_tokens_and_every_block_comes_bac
         if ends[0] == "abort":
             assert tokens == wanted[: len(tokens)]
         elif ends[0] == "error":
-            total = len(request.prompt_token_ids) + request.params.max_tokens
             assert not tokens
-            assert total > limits.max_model_len or total - 1 > num_blocks * BLOCK
+            total = len(request.prompt_token_ids) + request.params.max_tokens
+            is_too_long = total > load.limits.max_model_len or total - 1 > load.num_blocks * BLOCK
+            error = outputs[request.id][-1].error
+            assert is_too_long or (request.cache_key and request.pin == "must" and "pinned" in error)
         else:
             assert tokens == wanted
             assert (ends[0] == "stop") == (outputs[request.id][-1].stop_token_id is not None)
     reasons = Counter(output.finish_reason for all_ in outputs.values() for output in all_)
-    assert scheduler.stats().num_finished == sum(reasons[r] for r in ("stop", "length", "abort"))
+    stats, last = scheduler.stats(), [all_[-1] for all_ in outputs.values()]
+    num_refused = sum(output.times == (0.0, 0.0, 0.0) for output in last)
+    assert stats.num_finished == sum(reasons[r] for r in ("stop", "length", "abort", "error")) - num_refused
+    assert stats.output_tokens == sum(len(output.token_ids) for all_ in outputs.values() for output in all_)
+    assert stats.cached_tokens == sum(output.num_cached_tokens for output in last)
+    assert stats.cached_tokens_host == sum(output.num_host_tokens for output in last)
+    assert all(output.num_host_tokens <= output.num_cached_tokens for output in last)
+    assert stats.audit_max_difference == 0.0
 
 
 @settings(max_examples=100, deadline=None)
-@given(workloads())
-def test_equal_priorities_start_in_order_of_arrival(workload):
-    num_blocks, limits, requests, arrivals, _, moments = workload
-    outputs, *_ = drive(num_blocks, limits, requests, arrivals, {}, moments)
+@given(workloads(max_overtaken=0))
+def test_without_overtaking_equal_priorities_start_in_order_of_arrival(load):
+    load = replace(load, num_host_blocks=0, aborts={})  # nobody waits for another's load
+    outputs = Simulation(load).run().outputs
     started = [
         outputs[request.id][0].times[1]
-        for request in requests
-        if request.priority == 1 and outputs[request.id][0].finish_reason != "error"
+        for request in load.requests
+        if request.priority == 1 and outputs[request.id][0].times[1]
     ]
     assert started == sorted(started)

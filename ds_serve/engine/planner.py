@@ -1,0 +1,169 @@
+"""What the next plan holds: which tokens are computed, for whom, in which blocks; which blocks are copied.
+
+Every step closes gaps, single-token gaps (decodes) first, then prompt chunks, within one token budget. The
+sequence that comes last in order is the first to be preempted.
+
+A sequence whose prefix is loaded holds its slot and its blocks, counts as in flight and is left out of steps
+until the load has landed. It cannot lock others out: at its admission its whole prompt fitted beside what
+running ones lack, and the load itself needs no further block. So it lands whatever the others do, and then
+goes on or, where it was chosen as a victim, gives everything back.
+
+Knows no results and no messages of the front. Called by scheduler.py.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+
+from ds_serve.engine.books import Books
+from ds_serve.engine.copies import Pairs
+from ds_serve.engine.limits import Limits
+from ds_serve.engine.plan import Draft
+from ds_serve.engine.sequence import Sequence
+from ds_serve.messages import StepPlan
+
+
+class Planner:
+    """Makes plans out of the books, and enters them there."""
+
+    def __init__(self, limits: Limits, books: Books) -> None:
+        self._limits = limits
+        self._books = books
+        self._cache = books.cache
+        self._is_pipeline = limits.num_stages > 1
+        self._num_plans = 0
+
+    def next(self) -> StepPlan | None:
+        """The next plan, or None where nothing can be computed or copied before a result comes back."""
+        self._cache.expire(self._books.clock())
+        draft = self._draft()
+        self._preempt_drained(draft)
+        self._schedule_running(draft)
+        # Nobody is admitted in a step that ran short, unless nothing else is left to run.
+        if not draft.short_of_blocks or not self._books.running:
+            self._admit(draft)
+        stores = self._due_stores(draft)
+        return self._plan(draft, stores) if draft.counts or draft.loads or stores else None
+
+    def _draft(self) -> Draft:
+        """An empty step; in a pipeline with this step's share of the work.
+
+        What is in flight or done of a prompt counts too, so that shares stay the same from step to step.
+        """
+        num_batches, books = self._limits.num_batches, self._books
+        if num_batches == 1:
+            return Draft(self._limits, num_decodes=self._limits.max_num_seqs)
+        num_decoding = sum(sequence.gap <= 1 for sequence in books.running)
+        running = sum(s.num_prefill for s in books.running if s.num_computed < s.num_admitted)
+        waiting = sum(len(sequence.token_ids) for sequence in islice(books.waiting, len(books.free_slots)))
+        waiting = min(waiting, self._cache.pool.num_free * self._cache.block_size)
+        return Draft(self._limits, -(-num_decoding // num_batches), running + waiting)
+
+    # -- running sequences -----------------------------------------------------------------------
+
+    def _schedule_running(self, draft: Draft) -> None:
+        # A stable sort: decodes first, then chunks, each in key order.
+        for sequence in sorted(self._books.running, key=_is_not_decode):
+            gap = self._gap(sequence)
+            is_decode = gap == 1
+            count = draft.room(gap, is_decode)
+            if count <= 0 or sequence.draining or sequence.slot is None:
+                continue
+            blocks = self._grow(sequence, sequence.num_scheduled + count, draft)
+            if blocks is not None:
+                draft.take(sequence, count, blocks, is_decode)
+
+    def _gap(self, sequence: Sequence) -> int:
+        """Tokens that a step may compute now: in a pipeline only those whose values are known here."""
+        waits = sequence.is_loading or (self._is_pipeline and sequence.num_pending)
+        return 0 if waits else sequence.gap
+
+    def _grow(self, sequence: Sequence, num_tokens: int, draft: Draft) -> list[int] | None:
+        """Blocks for a running sequence, preempting from the end of the order; None: not in this step."""
+        while self._cache.missing(sequence.table, num_tokens) > self._cache.pool.num_free:
+            draft.short_of_blocks = True
+            if self._blocks_come_back():
+                return None  # nobody more has to go
+            victim = self._books.running[-1]
+            draft.give_back(victim)
+            if victim.num_in_flight:
+                victim.draining = True
+                return None
+            self._books.preempt(victim)
+            if victim is sequence:
+                return None
+        return self._cache.grow(sequence.table, num_tokens)
+
+    def _blocks_come_back(self) -> bool:
+        """Whether something in flight gives blocks back when it lands."""
+        books = self._books
+        return bool(books.landing or self._cache.num_storing or any(each.draining for each in books.running))
+
+    def _preempt_drained(self, draft: Draft) -> None:
+        for sequence in [sequence for sequence in self._books.running if sequence.draining]:
+            draft.short_of_blocks = True
+            if not sequence.num_in_flight:
+                self._books.preempt(sequence)
+
+    # -- waiting requests ------------------------------------------------------------------------
+
+    def _admit(self, draft: Draft) -> None:
+        """Give slots to those whose turn it is; audits go, and then pins, where they are in the way."""
+        books = self._books
+        self._fill_slots(draft)
+        if books.auditor.open_ids and not all(each.is_audit for each in books.waiting):
+            for name in books.auditor.open_ids:
+                books.auditor.take(books.finish(books.sequences[name], "abort"))
+            self._fill_slots(draft)
+        # Nothing runs or will land, so no block comes back but from pins: an answer is worth more than a pin.
+        while (
+            books.waiting and not (books.running or books.landing or books.copies) and self._cache.num_pinned
+        ):
+            self._cache.pins.give_up()
+            self._fill_slots(draft)
+
+    def _fill_slots(self, draft: Draft) -> None:
+        books = self._books
+        while books.free_slots and draft.room(1) > 0:
+            found = books.waiting.next(self._promised_blocks())
+            if found is None:
+                draft.is_held_up = len(books.waiting) > 0
+                return
+            sequence = found.sequence
+            draft.discount(found.num_cached)
+            count = draft.room(len(sequence.token_ids) - found.num_cached)
+            if count < 1:
+                return
+            books.start(found)
+            if sequence.is_loading:
+                draft.loads.append((sequence, list(sequence.table.loads)))
+            else:
+                self._cache.grow(sequence.table, found.num_cached + count)
+                draft.take(sequence, count, [])
+
+    def _promised_blocks(self) -> int:
+        """Blocks that running sequences lack for their known tokens, and one each to go on with."""
+        running = self._books.running
+        return sum(self._cache.missing(s.table, len(s.token_ids)) for s in running) + len(running)
+
+    # -- the plan --------------------------------------------------------------------------------
+
+    def _due_stores(self, draft: Draft) -> Pairs:
+        """Stores hold blocks that were free. Where somebody lacks blocks, those under way land first."""
+        if self._cache.num_storing and (draft.short_of_blocks or draft.is_held_up):
+            return []
+        return self._cache.stores()
+
+    def _plan(self, draft: Draft, stores: Pairs) -> StepPlan:
+        plan, parts = draft.make(self._num_plans, stores)
+        self._num_plans += 1
+        if parts:
+            self._books.in_flight.append((plan.step, parts))
+            self._books.totals.num_steps += 1
+        self._books.copies.start(plan.step, "load", draft.loads)
+        self._books.copies.start(plan.step, "store", [(None, stores)])
+        return plan
+
+
+def _is_not_decode(sequence: Sequence) -> bool:
+    return sequence.gap != 1
