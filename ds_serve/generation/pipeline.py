@@ -143,9 +143,10 @@ class TextGenerationPipeline:
         prompt is a string, or a chat's first messages (a system prompt, a document): a call with these and
         more messages after them is then computed from there on. Only full KV blocks are kept, so of n tokens
         the last n % block_size are not; and of a string that goes on in the middle of a word the last tokens
-        may differ. With pin=True nothing evicts them for ttl seconds, or until the handle is released; with
-        pin=False they are cached like any prompt. salt stands for the calls' cache_salt: calls with another
-        one do not find them. arguments are those of a call that change its prompt (tools, prefix, ...).
+        may differ. With pin=True they stay for ttl seconds or until the handle is released, unless a request
+        fits only without them; with pin=False they are cached like any prompt. salt stands for the calls'
+        cache_salt: calls with another one do not find them. arguments are those of a call that change its
+        prompt (tools, prefix, ...).
         Raises ValueError or TypeError naming a bad argument, ValueError for a prompt that leaves the model's
         context no room, GenerationError, in the engine's words, where pins would exceed max_pinned_share.
         """
