@@ -64,14 +64,29 @@ def _build(settings: Settings) -> tuple[Scheduler, LocalRank, EngineInfo]:
         max_queue=settings.max_queue,
         max_steps_in_flight=settings.steps_in_flight or (2 if stages == 1 else stages),
         num_stages=stages,
+        num_ranks=settings.world_size,
         vocab_size=info.vocab_size,
+        copy_s_per_block=info.copy_s_per_block,
+        prefill_s_per_token=info.prefill_s_per_token,
+        bytes_per_block=info.bytes_per_block,
+        audit_share=settings.audit_share,
     )
-    # What a cached block's content depends on, beside its tokens and the request's salt.
-    identity = f"{Path(settings.model).resolve()} {info.dtype}"
-    cache = CacheManager(
-        info.num_blocks, info.block_size, identity=identity, prefix_caching=settings.prefix_caching
+    return Scheduler(limits, _cache(settings, info)), rank, info
+
+
+def _cache(settings: Settings, info: EngineInfo) -> CacheManager:
+    # Blocks that two steps can take: those that are to be in the host before they are evicted.
+    zone = 2 * (-(-settings.max_num_batched_tokens // info.block_size) + settings.max_num_seqs)
+    return CacheManager(
+        info.num_blocks,
+        info.block_size,
+        # What a cached block's content depends on, beside its tokens and the request's salt.
+        identity=f"{Path(settings.model).resolve()} {info.dtype}",
+        prefix_caching=settings.prefix_caching,
+        num_host_blocks=info.num_host_blocks,
+        store_zone=min(zone, info.num_blocks // 4),
+        max_pinned_blocks=int(settings.max_pinned_share * info.num_blocks),
     )
-    return Scheduler(limits, cache), rank, info
 
 
 def _start_ranks(settings: Settings) -> LocalRank:

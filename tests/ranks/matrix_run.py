@@ -2,8 +2,8 @@
 
     matrix_run.py CASES RESULTS
 
-Rank 0 writes one record a case: the tokens of each run, and how often it chunked, preempted and hit. The
-engines come one after another in the same processes, as in a user's script with several pipelines.
+Rank 0 writes one record a case: the tokens of each round, and the engine's accounts after each. The engines
+come one after another in the same processes, as in a user's script with several pipelines.
 """
 
 from __future__ import annotations
@@ -14,20 +14,28 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 
+import msgspec
 from tiny_models import run_all
 
 from ds_serve.config import Settings
 from ds_serve.launch import ranks
+from ds_serve.messages import Stats
 from ds_serve.rank import build_local_engine, follow
 
 
 def run_case(case: dict) -> dict:
-    """Each variant's engine serves the prompts `rounds` times; its books are whole afterwards."""
+    """Each variant's engine serves all prompts `rounds` times, or the prompts of each of its
+    `phases`, lists of indexes; its books are whole afterwards."""
+    everything = list(range(len(case["prompts"])))
     record: dict = {"name": case["name"]}
     for variant in case["variants"]:
         engine = build_local_engine(Settings(**case["settings"], **variant["settings"]))
-        rounds = [run_all(engine, case["prompts"], case["lengths"]) for _ in range(variant["rounds"])]
-        stats = engine.stats()
+        rounds, accounts = [], []
+        for phase in variant.get("phases") or [everything] * variant["rounds"]:
+            prompts, lengths = ([case[name][index] for index in phase] for name in ("prompts", "lengths"))
+            rounds.append(run_all(engine, prompts, lengths))
+            accounts.append(settled(engine))
+        stats = accounts[-1]
         engine.close()
         engine.scheduler.check_integrity()
         record[variant["name"]] = {
@@ -36,8 +44,20 @@ def run_case(case: dict) -> dict:
             "preemptions": stats.num_preemptions,
             "cached_tokens": stats.cached_tokens,
             "steps": stats.num_steps,
+            "copying": engine.scheduler.num_copying,
+            "stats": [msgspec.structs.asdict(each) for each in accounts],
         }
     return record
+
+
+def settled(engine) -> Stats:
+    """The accounts once an engine without requests copies no more. Each look is a turn of its loop, in which
+    it orders what is due."""
+    looks: list[int] = []
+    while len(looks) < 3 or len(set(looks[-3:])) > 1 or engine.scheduler.num_copying:
+        stats = engine.stats()
+        looks.append(stats.stored_blocks)
+    return stats
 
 
 def main() -> int:
