@@ -101,6 +101,7 @@ class Lead:
 
     def _terminated(self, *_: object) -> None:
         """SIGTERM: often from a launcher that saw another rank die, which is then the reason to raise."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would hide the reason
         self.controller.check(wait_s=1.0)
         raise SystemExit(128 + signal.SIGTERM)
 
