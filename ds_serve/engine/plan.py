@@ -39,6 +39,7 @@ class Draft:
     budget: int = field(init=False)
     chunks: int = field(init=False)
     counts: dict[Sequence, int] = field(default_factory=dict)
+    decodes: set[Sequence] = field(default_factory=set)
     new_blocks: dict[Sequence, list[int]] = field(default_factory=dict)
     loads: list[tuple[Sequence, Pairs]] = field(default_factory=list)
     short_of_blocks: bool = False
@@ -59,13 +60,20 @@ class Draft:
         self.new_blocks[sequence] = new_blocks
         self.budget -= count
         if is_decode:
+            self.decodes.add(sequence)
             self.num_decodes -= 1
         else:
             self.chunks -= count
 
     def give_back(self, sequence: Sequence) -> None:
-        """Refund the budget of a sequence that lost its place to a chunk, if it had one: it was a decode."""
-        self.budget += self.counts.pop(sequence, 0)
+        """Refund the budget of a sequence that loses its place in the step, if it has one."""
+        count = self.counts.pop(sequence, 0)
+        self.budget += count
+        if sequence in self.decodes:
+            self.decodes.remove(sequence)
+            self.num_decodes += 1
+        else:
+            self.chunks += count
 
     def discount(self, num_cached: int) -> None:
         """Tokens that the cache holds are no work: each micro-batch's share becomes smaller."""

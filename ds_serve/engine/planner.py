@@ -112,8 +112,7 @@ class Planner:
         books = self._books
         self._fill_slots(draft)
         if books.auditor.open_ids and not all(each.is_audit for each in books.waiting):
-            for name in books.auditor.open_ids:
-                books.auditor.take(books.finish(books.sequences[name], "abort"))
+            self._drop_audit(draft)
             self._fill_slots(draft)
         # Nothing runs or will land, so no block comes back but from pins: an answer is worth more than a pin.
         while (
@@ -140,6 +139,13 @@ class Planner:
             else:
                 self._cache.grow(sequence.table, found.num_cached + count)
                 draft.take(sequence, count, [])
+
+    def _drop_audit(self, draft: Draft) -> None:
+        auditor = self._books.auditor
+        for name in auditor.open_ids:
+            sequence = self._books.sequences[name]
+            draft.give_back(sequence)
+            auditor.take(self._books.finish(sequence, "abort"))
 
     def _promised_blocks(self) -> int:
         """Blocks that running sequences lack for their known tokens, and one each to go on with."""
