@@ -37,7 +37,7 @@ class BlockTable:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The longest prefix found over both tiers, in block order: device, then beyond.
+    """The longest prefix found over both tiers, in block order: what the table has, then device, then beyond.
 
     device: blocks of the leading part that lies on the device. beyond: what continues it, from its first host
     block on, whatever tier each block lies in. waits: the key that would come next is being loaded for
@@ -55,8 +55,18 @@ class Match:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the whole prefix."""
+        """Blocks of the match, without those that the table has already."""
         return len(self.device) + len(self.beyond)
+
+    def first(self, num_loads: int) -> Match:
+        """The part of it that needs no more than num_loads loads."""
+        beyond, left = [], num_loads
+        for tier, block in self.beyond:
+            left -= tier == "host"
+            if left < 0:
+                return Match(self.device, beyond)
+            beyond.append((tier, block))
+        return self
 
     def taken(self, load: bool) -> list[int]:
         """The device blocks that take_prefix() would take over; all others are allocated."""
@@ -139,13 +149,16 @@ class CacheManager:
     def match(self, table: BlockTable, token_ids: Sequence[int]) -> Match:
         """The longest cached prefix of token_ids, at most all but the last token, over both tiers.
 
-        Of a key that both have, the device's block counts. Changes nothing: take_prefix() must follow before
-        anything else is allocated, stored or loaded.
+        Of a key that both have, the device's block counts. The table is empty, or holds the prefix so far:
+        then this is what continues it, and nothing where it holds other blocks too. Changes nothing:
+        take_prefix() must follow before anything else is allocated, stored or loaded.
         """
         device: list[int] = []
         beyond: list[tuple[Literal["device", "host"], int]] = []
         limit = (len(token_ids) - 1) // self.block_size if self.prefix_caching else 0
-        for index in range(limit):
+        if len(table.block_ids) > table.num_committed:
+            limit = 0
+        for index in range(table.num_committed, limit):
             key = self._key(table, token_ids, index)
             block = self.pool.find(key)
             if block is not None:
@@ -165,15 +178,17 @@ class CacheManager:
         return self.pool.num_free - sum(self.pool.is_free(block) for block in match.taken(load))
 
     def take_prefix(self, table: BlockTable, match: Match, load: bool) -> tuple[int, list[tuple[int, int]]]:
-        """Puts a match at the head of an empty table: the tokens it holds, and the loads it needs.
+        """Puts a match into its table: the tokens that it holds now, and the loads that they need.
 
         Without load it is match.device alone. With load it is all of it: device blocks are taken over
         wherever they lie, and for each host block one is allocated, to be loaded: (host block, device block).
         Until loaded() is called for exactly these loads the tokens are not there, and the table cannot be
-        freed. Raises OutOfBlocks, changing nothing.
+        freed. Where they are more than load_room(match), take match.first(load_room(match)), and match again
+        when it has come: else blocks are evicted for it that the host does not have yet. Raises OutOfBlocks,
+        changing nothing.
         """
-        if table.block_ids:
-            raise ValueError("a prefix can only be taken into an empty table")
+        if len(table.block_ids) > table.num_committed:
+            raise ValueError("a prefix can only be taken into a table that holds nothing else")
         wanted, left = len(match.host) if load else 0, self.free_after(match, load)
         if wanted > left:
             raise OutOfBlocks(f"{wanted} blocks wanted to load a prefix into, {left} free")
@@ -181,17 +196,26 @@ class CacheManager:
         self.pool.acquire(taken)
         for block in taken:
             self._settle(self.pool.key(block))
-        table.block_ids = list(match.device)
-        table.num_committed = len(match.device)
-        if not load:
-            return len(match.device) * self.block_size, []
-        table.loads = list(zip(match.host, self.pool.allocate(wanted), strict=True))
-        targets = dict(table.loads)
-        for tier, block in match.beyond:
-            if tier == "host":
-                self.host.begin_load(block)
-            table.block_ids.append(targets[block] if tier == "host" else block)
-        return match.num_blocks * self.block_size, list(table.loads)
+        table.block_ids += match.device
+        table.num_committed += len(match.device)
+        if load:
+            for host in match.host:
+                self.host.begin_load(host)
+            table.loads = list(zip(match.host, self.pool.allocate(wanted), strict=True))
+            targets = dict(table.loads)
+            table.block_ids += [targets[block] if tier == "host" else block for tier, block in match.beyond]
+        return len(table.block_ids) * self.block_size, list(table.loads)
+
+    def load_room(self, match: Match) -> int:
+        """Device blocks that a match's loads can take now at the cost of nothing that the host lacks.
+
+        0 while stores are under way that will make room; where none is, every block that is left.
+        """
+        taken = match.taken(load=True)
+        ready = self.pool.num_ready - sum(self.pool.is_ready(block) for block in taken)
+        if self._store_zone and (ready or self._stores):
+            return ready
+        return self.free_after(match, load=True)
 
     def loaded(self, table: BlockTable, loads: Sequence[tuple[int, int]], failed: Collection[int]) -> int:
         """All ranks have done a table's loads; failed are indexes into them. Returns the good tokens.

@@ -57,6 +57,11 @@ class BlockPool:
         return sum(len(blocks) for blocks in self._by_key.values())
 
     @property
+    def num_ready(self) -> int:
+        """Free blocks that are given out before the eviction order is touched."""
+        return len(self._blank) + len(self._zone) - len(self._held)
+
+    @property
     def num_next(self) -> int:
         """Blocks that are given out before the eviction order is touched, those under hold() among them."""
         return len(self._blank) + len(self._zone)
@@ -81,6 +86,10 @@ class BlockPool:
     def is_free(self, block: int) -> bool:
         return self._refs[block] == 0
 
+    def is_ready(self, block: int) -> bool:
+        """Whether a cached block is free and given out before the eviction order is touched."""
+        return block in self._zone and block not in self._held
+
     def is_leaving(self, key: bytes) -> bool:
         """Whether a block with this key is in the zone."""
         return any(block in self._zone for block in self._by_key.get(key, ()))
@@ -102,7 +111,7 @@ class BlockPool:
             raise OutOfBlocks(f"{count} blocks wanted, {self.num_free} free of {self.num_blocks}")
         blocks = [self._blank.pop() for _ in range(min(count, len(self._blank)))]
         unheld = (block for block in self._zone if block not in self._held)
-        victims = list(islice(unheld, count - len(blocks)))
+        victims = list(islice(unheld, min(count - len(blocks), len(self._zone) - len(self._held))))
         for block in victims:
             del self._zone[block]
         victims += [self._order.pop() for _ in range(count - len(blocks) - len(victims))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from ds_serve.cache.manager import BlockTable, CacheManager
+from ds_serve.cache.manager import BlockTable, CacheManager, Match
 
 
 def prompt(name: int, num_blocks: int, block_size: int = 4) -> list[int]:
@@ -48,3 +48,19 @@ def serve(manager: CacheManager, tokens: list[int], salt: str = "") -> int:
     store(manager)
     manager.check_integrity()
     return cached
+
+
+def tiers(num_blocks: int = 4, num_host_blocks: int = 8, store_zone: int = 4) -> CacheManager:
+    return CacheManager(num_blocks, 4, num_host_blocks=num_host_blocks, store_zone=store_zone)
+
+
+def found(manager: CacheManager, tokens: list[int], salt: str = "") -> Match:
+    return manager.match(manager.new_table(salt), tokens)
+
+
+def pushed_out(*names: int, num_blocks: int = 3, num_host_blocks: int = 8) -> CacheManager:
+    """Prompts of three blocks, on a device of four (or num_blocks + 1); all but the last only on the host."""
+    manager = tiers(num_blocks + 1, num_host_blocks, num_blocks + 1)
+    for name in names:
+        serve(manager, prompt(name, num_blocks))
+    return manager

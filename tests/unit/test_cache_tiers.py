@@ -1,31 +1,14 @@
-"""The rules of the two tiers, one by one: what is stored when and found where, what a failed copy leaves."""
+"""What is stored and when, and what the host gives up: the rules one by one."""
 
 from __future__ import annotations
 
 import pytest
-from cache_steps import admit, compute, land, prompt, serve, store
+from cache_steps import admit, compute, found, prompt, pushed_out, serve, store, tiers
 
 from ds_serve.cache.host import HostBook, State, Twin
-from ds_serve.cache.manager import CacheManager, Match
+from ds_serve.cache.manager import CacheManager
 from ds_serve.cache.policy import EvictionOrder
 from ds_serve.cache.pool import OutOfBlocks
-
-
-def tiers(num_blocks: int = 4, num_host_blocks: int = 8, store_zone: int = 4) -> CacheManager:
-    return CacheManager(num_blocks, 4, num_host_blocks=num_host_blocks, store_zone=store_zone)
-
-
-def found(manager: CacheManager, tokens: list[int], salt: str = "") -> Match:
-    return manager.match(manager.new_table(salt), tokens)
-
-
-def pushed_out(*names: int, num_blocks: int = 3, num_host_blocks: int = 8) -> CacheManager:
-    """Prompts of three blocks, on a device of four (or num_blocks + 1); all but the last only on the host."""
-    manager = tiers(num_blocks + 1, num_host_blocks, num_blocks + 1)
-    for name in names:
-        serve(manager, prompt(name, num_blocks))
-    return manager
-
 
 # -- stores --------------------------------------------------------------------------------------
 
@@ -195,19 +178,21 @@ def test_stores_wait_for_host_entries_that_are_in_use():
     assert len(manager.stores()) == 1, "one has left the device: it may go"
 
 
-def test_what_the_policy_would_give_up_at_once_is_not_stored(monkeypatch):
-    class MostUsedStays(EvictionOrder):
+def test_what_the_policy_would_give_up_at_once_is_not_stored():
+    class MostUsedStays(dict):
         def add(self, block, key, uses, depth=0):
-            super().add(block, key, uses, depth)
-            self._uses = getattr(self, "_uses", {}) | {block: uses}
+            self[block] = uses
+
+        def remove(self, block):
+            del self[block]
 
         def pop(self):
-            victim = min(reversed(self._blocks), key=lambda block: self._uses[block])
+            victim = min(reversed(self), key=self.__getitem__)
             self.remove(victim)
             return victim
 
     manager = tiers(num_blocks=2, num_host_blocks=1, store_zone=2)
-    manager.host._order = MostUsedStays(2)
+    manager.host._order = MostUsedStays()
     for _ in range(2):
         assert serve(manager, prompt(1, 1)) in (0, 4)
     serve(manager, prompt(2, 1))
@@ -243,146 +228,3 @@ def test_hits_and_depth_reach_the_policy_over_both_tiers(monkeypatch):
         seen.clear()
         serve(manager, prompt(name, 2))
     assert (0, 2) in seen and (1, 2) in seen, "hit twice, each time on the host"
-
-
-# -- matching and loading ------------------------------------------------------------------------
-
-
-def mixed() -> tuple[CacheManager, list[int]]:
-    """A prompt of four blocks that lie on device, host, device, host."""
-    manager = CacheManager(8, 4, num_host_blocks=8, store_zone=8)
-    tokens = prompt(1, 4)
-    first = compute(manager, manager.new_table(), tokens)
-    keys = list(first.keys)
-    manager.free(first)
-    store(manager)
-    manager.pool.allocate(8)
-    for index in (0, 2):
-        manager.pool.commit(index, keys[index], index)
-        manager._settle(keys[index])
-    manager.pool.release(list(range(8)))
-    manager.check_integrity()
-    return manager, tokens
-
-
-def test_a_prefix_may_lie_device_host_device_host():
-    manager, tokens = mixed()
-    table = manager.new_table()
-    match = manager.match(table, tokens)
-    assert match.device == [0] and [tier for tier, _ in match.beyond] == ["host", "device", "host"]
-    assert match.num_blocks == 4 and match.taken(False) == [0] and match.taken(True) == [0, 2]
-    assert (manager.free_after(match), manager.free_after(match, load=True)) == (7, 6)
-    cached, loads = manager.take_prefix(table, match, load=True)
-    assert cached == 16 and [host for host, _ in loads] == match.host
-    assert table.block_ids == [0, loads[0][1], 2, loads[1][1]]
-    manager.check_integrity([table])
-    assert manager.loaded(table, loads, []) == 16
-    assert found(manager, tokens).device == table.block_ids
-
-
-def test_without_load_only_the_leading_part_is_taken():
-    manager, tokens = mixed()
-    table = manager.new_table()
-    assert manager.take_prefix(table, manager.match(table, tokens), load=False) == (4, [])
-    assert table.block_ids == [0] and manager.host.blocks(State.LOADING) == []
-
-
-def test_a_failed_load_cuts_the_prefix_and_shared_blocks_leave_the_table():
-    manager, tokens = mixed()
-    table = admit(manager, tokens)
-    (lost, target), (kept, later) = table.loads
-    manager.grow(table, len(tokens))
-    last = table.block_ids[-1]
-    assert manager.loaded(table, list(table.loads), [0]) == 4
-    manager.check_integrity([table])
-    assert table.block_ids == [0, target, later, last], (
-        "block 2 is visible to others: it must not be overwritten"
-    )
-    assert manager.pool.is_free(2) and manager.pool.key(2) is not None
-    assert manager.host.blocks(State.READY) == sorted({0, 1, 2, 3} - {lost}) and kept != lost
-    match = found(manager, tokens)
-    assert match.device == [0] and match.host == []
-    compute(manager, table, tokens)
-    manager.check_integrity([table])
-    assert len(found(manager, tokens).device) == 4
-
-
-def test_a_load_is_not_visible_before_it_is_done_and_others_wait_for_it():
-    manager = pushed_out(1, 2, num_blocks=3)
-    table = admit(manager, prompt(1, 3))
-    match = found(manager, prompt(1, 3))
-    assert match == Match([], [], waits=True)
-    assert not found(manager, prompt(9, 3)).waits
-    land(manager, table)
-    assert found(manager, prompt(1, 3)) == Match(table.block_ids, [])
-    assert all(manager.host.find(key).twin is Twin.STAYS for key in table.keys)
-
-
-def test_after_a_failed_load_nobody_waits_for_the_lost_key():
-    manager = pushed_out(1, 2)
-    table = admit(manager, prompt(1, 3))
-    assert land(manager, table, failed=[0, 1, 2]) == 0
-    assert found(manager, prompt(1, 3)) == Match()
-    manager.free(table)
-    manager.check_integrity()
-    assert manager.num_host_used == 3
-
-
-def test_an_aborted_load_lands_before_its_blocks_go():
-    manager = pushed_out(1, 2)
-    table = admit(manager, prompt(1, 3))
-    with pytest.raises(ValueError, match="must land first"):
-        manager.free(table)
-    land(manager, table)
-    manager.free(table)
-    manager.check_integrity()
-    assert manager.pool.num_free == 4 and len(found(manager, prompt(1, 3)).device) == 3
-
-
-def test_a_prefix_that_does_not_fit_changes_nothing():
-    manager = pushed_out(1, 2)
-    other = manager.new_table()
-    manager.grow(other, 8)
-    table = manager.new_table()
-    match = manager.match(table, prompt(1, 3))
-    with pytest.raises(OutOfBlocks, match="3 blocks wanted to load a prefix into, 2 free"):
-        manager.take_prefix(table, match, load=True)
-    manager.check_integrity([other, table])
-    assert manager.take_prefix(table, match, load=False) == (0, [])
-
-
-def test_a_hit_leaves_one_token_to_compute_on_the_host_too():
-    manager = pushed_out(1, 2)
-    assert len(found(manager, prompt(1, 3)[:12]).host) == 2
-    assert len(found(manager, prompt(1, 3)[:13]).host) == 3
-
-
-def test_no_hit_across_salts_in_either_tier():
-    manager = tiers()
-    serve(manager, prompt(1, 3), salt="a")
-    assert found(manager, prompt(1, 3), salt="b") == Match() and found(manager, prompt(1, 3)) == Match()
-    assert len(found(manager, prompt(1, 3), salt="a").device) == 3
-    serve(manager, prompt(2, 3))
-    assert found(manager, prompt(1, 3), salt="b") == Match() and found(manager, prompt(1, 3)) == Match()
-    assert len(found(manager, prompt(1, 3), salt="a").host) == 3
-
-
-def test_without_prefix_caching_neither_tier_holds_anything():
-    manager = CacheManager(4, 4, prefix_caching=False, num_host_blocks=8, store_zone=4)
-    assert serve(manager, prompt(1, 3)) == serve(manager, prompt(1, 3)) == 0
-    assert manager.num_host_blocks == manager.num_host_used == manager.lost_blocks == 0
-
-
-def test_what_was_not_ordered_cannot_land():
-    manager = pushed_out(1, 2)
-    table = admit(manager, prompt(1, 3))
-    with pytest.raises(ValueError, match="under way for this table"):
-        manager.loaded(table, table.loads[:1], [])
-    with pytest.raises(ValueError, match="under way for this table"):
-        manager.loaded(manager.new_table(), [], [])
-    with pytest.raises(ValueError, match="no store of device block 0 to host block 1"):
-        manager.stored([(0, 1)], [])
-    with pytest.raises(ValueError, match="empty table"):
-        manager.take_prefix(table, Match(), load=False)
-    with pytest.raises(ValueError, match="num_host_blocks"):
-        CacheManager(4, 4, num_host_blocks=-1)
