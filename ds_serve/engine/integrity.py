@@ -22,6 +22,8 @@ def check(scheduler: Scheduler) -> None:
     assert slots == list(range(scheduler.limits.max_num_seqs)), f"slots lost or shared: {slots}"
     assert _is_sorted(waiting), "waiting out of order"
     assert _is_sorted(running), "running out of order"
+    overtaken = [sequence.num_overtaken for sequence in waiting]
+    assert max(overtaken, default=0) <= scheduler.limits.max_overtaken, f"overtaken too often: {overtaken}"
     open_now = {sequence.request.id for sequence in waiting + running}
     assert open_now == set(books.sequences), f"requests lost: {open_now ^ set(books.sequences)}"
     assert all(sequence.num_in_flight for sequence in landing), "an ended sequence holds blocks"

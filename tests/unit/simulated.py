@@ -1,4 +1,6 @@
-"""Workers without a model: they keep what each KV slot holds and check every plan against it.
+"""Workers without a model, and a scheduler over them that is driven by hand.
+
+They keep what each KV slot holds and check every plan against it.
 
 A position's KV is stood for by a checksum of all tokens up to it, and a sampled token is a function of the
 sequence so far, so a wrong block, a stale block, a block that one rank lacks or a lost token shows as a wrong
@@ -7,10 +9,15 @@ answer.
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from zlib import crc32
 
+from ds_serve.cache.manager import CacheManager
+from ds_serve.engine.limits import Limits
+from ds_serve.engine.scheduler import Scheduler
 from ds_serve.messages import (
     CopyResult,
     Request,
@@ -22,6 +29,7 @@ from ds_serve.messages import (
 )
 
 VOCAB = 50
+BLOCK = 4  # tokens, in Tiers
 
 
 def next_token(tokens: list[int]) -> int:
@@ -205,3 +213,80 @@ class SimulatedWorker:
         assert end <= len(known), "a row goes past the known tokens"
         assert row.sample == (end == len(known)), "samples in mid-sequence"
         return known[row.start : end]
+
+
+class Tiers:
+    """A scheduler and its simulated ranks: whatever is free on the device is stored at once."""
+
+    def __init__(
+        self,
+        num_ranks=1,
+        num_host_blocks=32,
+        num_blocks=12,
+        max_pinned_blocks=0,
+        clock=time.monotonic,
+        **limits,
+    ) -> None:
+        defaults = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 128}
+        self.limits = Limits(**(defaults | {"num_ranks": num_ranks} | limits))
+        self.cache = CacheManager(
+            num_blocks,
+            BLOCK,
+            num_host_blocks=num_host_blocks,
+            store_zone=num_blocks,
+            max_pinned_blocks=max_pinned_blocks,
+        )
+        self.scheduler = Scheduler(self.limits, self.cache, clock)
+        self.worker = SimulatedWorker(
+            num_blocks, BLOCK, self.limits.max_num_seqs, self.limits.num_stages, num_ranks, num_host_blocks
+        )
+        self.results = deque()
+        self.outputs = {}
+
+    def add(self, *requests):
+        for request in requests:
+            assert self.scheduler.add(request) is None
+            self.outputs[request.id] = []
+
+    def plan(self):
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            result = self.worker.run(plan)
+            if result is not None:
+                self.results.append(result)
+        self.scheduler.check_integrity()
+        return plan
+
+    def land(self):
+        for output in self.scheduler.update(self.results.popleft()):
+            self.outputs[output.id].append(output)
+        self.scheduler.check_integrity()
+
+    def copy(self, kind=None, ranks=None, failed=()):
+        """These ranks (None: all) make their copies and say so."""
+        for each in list(self.worker.copies):
+            if kind in (None, each.kind) and (ranks is None or each.rank in ranks):
+                self.scheduler.copied(self.worker.copy(each, failed))
+                self.scheduler.check_integrity()
+
+    def run(self):
+        """Until every request has ended and nothing more is copied."""
+        while self.plan() is not None or self.results or self.worker.copies:
+            if self.results:
+                self.land()
+            self.copy()
+
+    def wash(self, *prompts):
+        """Computes these prompts, then evicts them from the device; the host has them."""
+        others = [3] * (self.cache.num_blocks * BLOCK - 1)
+        for index, prompt in enumerate([*prompts, others]):
+            self.add(make_request(f"wash {index} of {len(self.outputs)}", prompt, 1))
+            self.run()
+        assert not self.worker.copies and not self.scheduler.num_copying
+
+    def tokens(self, name):
+        return [token for output in self.outputs[name] for token in output.token_ids]
+
+    def slots(self):
+        """Ids of those that hold one and have not ended."""
+        return {sequence.request.id for sequence in self.scheduler.books.running}

@@ -2,82 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
-
 import pytest
-from simulated import SimulatedWorker, expected_output, make_request
+from simulated import Tiers, expected_output, make_request
 
-from ds_serve.cache.manager import CacheManager
 from ds_serve.engine.copies import CopyBook
-from ds_serve.engine.limits import Limits
-from ds_serve.engine.scheduler import Scheduler
 from ds_serve.messages import CopyResult
 
-BLOCK = 4
-NUM_BLOCKS = 12
 A = [1] * 5 + [11] * 16  # five full blocks, and a token that must be computed
-WASH = [3] * (NUM_BLOCKS * BLOCK - 1)
-
-
-class Tiers:
-    """A scheduler and its simulated ranks: whatever is free on the device is stored at once."""
-
-    def __init__(self, num_ranks=1, num_host_blocks=32, num_blocks=NUM_BLOCKS, **limits):
-        defaults = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 128}
-        self.limits = Limits(**(defaults | {"num_ranks": num_ranks} | limits))
-        self.cache = CacheManager(num_blocks, BLOCK, num_host_blocks=num_host_blocks, store_zone=num_blocks)
-        self.scheduler = Scheduler(self.limits, self.cache)
-        self.worker = SimulatedWorker(
-            num_blocks, BLOCK, self.limits.max_num_seqs, self.limits.num_stages, num_ranks, num_host_blocks
-        )
-        self.results = deque()
-        self.outputs = {}
-
-    def add(self, *requests):
-        for request in requests:
-            assert self.scheduler.add(request) is None
-            self.outputs[request.id] = []
-
-    def plan(self):
-        plan = self.scheduler.schedule()
-        if plan is not None:
-            result = self.worker.run(plan)
-            if result is not None:
-                self.results.append(result)
-        self.scheduler.check_integrity()
-        return plan
-
-    def land(self):
-        for output in self.scheduler.update(self.results.popleft()):
-            self.outputs[output.id].append(output)
-        self.scheduler.check_integrity()
-
-    def copy(self, kind=None, ranks=None, failed=()):
-        """These ranks (None: all) make their copies and say so."""
-        for each in list(self.worker.copies):
-            if kind in (None, each.kind) and (ranks is None or each.rank in ranks):
-                self.scheduler.copied(self.worker.copy(each, failed))
-                self.scheduler.check_integrity()
-
-    def run(self):
-        """Until every request has ended and nothing more is copied."""
-        while self.plan() is not None or self.results or self.worker.copies:
-            if self.results:
-                self.land()
-            self.copy()
-
-    def wash(self, *prompts):
-        """Computes these prompts, then evicts them from the device; the host has them."""
-        for index, prompt in enumerate([*prompts, WASH]):
-            self.add(make_request(f"wash {index} of {len(self.outputs)}", prompt, 1))
-            self.run()
-        assert not self.worker.copies and not self.scheduler.num_copying
-
-    def tokens(self, name):
-        return [token for output in self.outputs[name] for token in output.token_ids]
-
-    def slots(self):
-        return {sequence.request.id for sequence in self.scheduler.books.running}
 
 
 def test_an_evicted_prefix_comes_back_and_rows_wait_for_it():
@@ -186,7 +117,7 @@ def test_abort_while_loading_keeps_slot_and_blocks_until_every_rank_is_done(fail
     assert tiers.cache.pool.num_free == free and tiers.scheduler.num_copying == 1
     tiers.copy("load", [0])
     tiers.run()
-    assert tiers.cache.pool.num_free == NUM_BLOCKS
+    assert tiers.cache.pool.num_free == tiers.cache.num_blocks
     assert tiers.scheduler.stats().cached_tokens == 0, "it got on not one token"
 
 
