@@ -10,22 +10,24 @@ import pytest
 from simulated import VOCAB, SimulatedWorker, expected_output, make_request
 
 from ds_serve.cache.manager import CacheManager
+from ds_serve.engine import local
 from ds_serve.engine.limits import Limits
 from ds_serve.engine.local import EngineDeadError, LocalEngine
 from ds_serve.engine.loop import Closed, EngineLoop
 from ds_serve.engine.scheduler import Scheduler
-from ds_serve.messages import EngineInfo, Output, Stats, StatsQuery
+from ds_serve.messages import Abort, EngineInfo, Output, Stats, StatsQuery
 
+NUM_HOST_BLOCKS = 64
 INFO = EngineInfo(
     model="none", max_model_len=64, vocab_size=VOCAB, block_size=4, num_blocks=32, device="cpu", dtype="int"
 )
 
 
 class SimulatedRanks:
-    """Results in order; a gate holds them back, a fault makes the next step or check raise."""
+    """Steps' results in order, copies in between. A gate holds them back; a fault is raised by what comes next."""
 
-    def __init__(self, num_stages: int = 1) -> None:
-        self.worker = SimulatedWorker(32, 4, 8, num_stages)
+    def __init__(self, num_stages: int = 1, num_ranks: int = 1) -> None:
+        self.worker = SimulatedWorker(32, 4, 8, num_stages, num_ranks, NUM_HOST_BLOCKS)
         self.num_stages = num_stages
         self.results = deque()
         self.gate = threading.Event()
@@ -34,12 +36,17 @@ class SimulatedRanks:
         self.closed = False
 
     def submit(self, plan):
-        self.results.append(self.worker.run(plan))
+        result = self.worker.run(plan)
+        if result is not None:
+            self.results.append(result)
 
     def collect(self):
         self.gate.wait(10)
         if self.fault is not None:
             raise self.fault
+        copies = self.worker.copies
+        if copies and (len(copies) % 3 or not self.results):
+            return self.worker.copy(copies[-1])
         return self.results.popleft()
 
     def check(self):
@@ -53,12 +60,17 @@ class SimulatedRanks:
         self.closed = True
 
 
-@pytest.fixture(params=[1, 3], ids=["one stage", "three stages"])
-def engine(request):
-    stages = request.param
-    limits = Limits(8, 16, 64, max_steps_in_flight=max(2, stages), num_stages=stages)
-    ranks = SimulatedRanks(stages)
-    engine = LocalEngine(Scheduler(limits, CacheManager(32, 4)), ranks, INFO)
+@pytest.fixture(
+    params=[(1, 1, 0), (3, 3, 0), (1, 2, 16), (3, 3, NUM_HOST_BLOCKS)],
+    ids=["one stage", "three stages", "two tiers on two ranks", "two tiers on three stages"],
+)
+def engine(request, monkeypatch):
+    monkeypatch.setattr(local, "IDLE_WAIT_S", 0.05)
+    stages, num_ranks, num_host_blocks = request.param
+    limits = Limits(8, 16, 64, max_steps_in_flight=max(2, stages), num_stages=stages, num_ranks=num_ranks)
+    ranks = SimulatedRanks(stages, num_ranks)
+    cache = CacheManager(32, 4, num_host_blocks=num_host_blocks, store_zone=8, max_pinned_blocks=8)
+    engine = LocalEngine(Scheduler(limits, cache), ranks, INFO)
     engine.ranks = ranks
     yield engine
     ranks.gate.set()
@@ -98,7 +110,32 @@ def test_many_requests_from_many_threads(engine):
     assert {r.id: (expected_output(r), "length") for r in requests} == answers
     stats = engine.stats()
     assert (stats.num_finished, stats.num_running, stats.num_waiting) == (60, 0, 0)
+    for _ in range(100):  # stores of what is evicted next may be under way
+        if stats.num_free_blocks < 32:
+            stats = engine.stats()
     assert stats.num_free_blocks == 32
+    assert bool(stats.stored_blocks) == bool(stats.num_host_blocks)
+
+
+def test_prompts_that_come_again_are_found_in_both_tiers(engine):
+    prompts = [[index] * 21 for index in range(12)]  # twice the device, all in the larger host
+    requests = [
+        make_request(f"{index} {turn}", prompts[index], 2) for turn in range(3) for index in range(12)
+    ]
+    for request in requests:
+        assert collect(submit(engine, request)) == (expected_output(request), "length")
+    stats = engine.stats()
+    assert bool(stats.loaded_blocks) == (stats.num_host_blocks == NUM_HOST_BLOCKS)
+    if stats.loaded_blocks:
+        assert stats.cached_tokens == 24 * 20, "every prompt's full blocks, each time it comes back"
+        assert stats.num_loads and stats.load_s == 0.5 * stats.num_loads
+
+
+def test_what_a_request_pins_is_unpinned_by_message(engine):
+    collect(submit(engine, make_request("a", [1] * 21, 2, cache_key="k", salt="t")))
+    assert engine.stats().num_pinned_blocks == 5
+    engine.unpin("k", "t")
+    assert engine.stats().num_pinned_blocks == 0
 
 
 def test_abort_ends_once_and_a_late_abort_is_nothing(engine):
@@ -156,8 +193,10 @@ class ScriptedInbox:
 
     def __init__(self, *batches):
         self.batches = deque(batches)
+        self.waits = []
 
     def receive(self, wait):
+        self.waits.append(wait)
         if wait and not self.batches:
             raise Closed
         return self.batches.popleft() if self.batches else []
@@ -212,3 +251,59 @@ def test_active_time_counts_while_a_step_is_in_flight():
     assert [each.active_s for each in stats] == [0.0, 2.5, 4.0]
     assert all(each.stage_busy_s == [0.5, 0.5] for each in stats)
     assert sum(len(each.token_ids) for each in delivered if isinstance(each, Output)) == 2
+
+
+def test_stores_that_are_due_are_made_and_waited_for_before_the_engine_sleeps():
+    ranks, delivered = SimulatedRanks(num_ranks=3), []
+    cache = CacheManager(32, 4, num_host_blocks=16, store_zone=32)
+    scheduler = Scheduler(Limits(8, 64, 64, num_ranks=3), cache)
+    inbox = ScriptedInbox([make_request("a", [1] * 21, 1)])
+    EngineLoop(scheduler, ranks, inbox, delivered.extend).run()
+    assert cache.num_host_used == 5 and scheduler.stats().stored_blocks == 5
+    assert not scheduler.num_copying and not ranks.worker.copies
+    # The step; three ranks' stores, one a turn; a turn that finds nothing more to do; then it sleeps.
+    assert inbox.waits == [False] * 5 + [True]
+
+
+def test_an_idle_engine_takes_in_what_is_left_of_copies_of_an_aborted_request():
+    ranks, delivered = SimulatedRanks(num_ranks=2), []
+    cache = CacheManager(12, 4, num_host_blocks=16, store_zone=12)
+    scheduler = Scheduler(Limits(8, 64, 64, num_ranks=2), cache)
+    again = make_request("a", [1] * 21, 1)
+    batches = [
+        [make_request("first", [1] * 21, 1)],
+        *[[]] * 6,
+        [make_request("wash", [2] * 47, 1)],
+        *[[]] * 9,
+    ]
+    inbox = ScriptedInbox(*batches, [again], [Abort(id="a")])
+    EngineLoop(scheduler, ranks, inbox, delivered.extend).run()
+    assert delivered[-1].id == "a" and delivered[-1].finish_reason == "abort"
+    assert scheduler.stats().loaded_blocks == 5 and cache.pool.num_free == 12
+    scheduler.check_integrity()
+
+
+def test_a_failure_while_a_prefix_is_loaded_ends_its_request():
+    ranks, delivered = SimulatedRanks(), []
+    cache = CacheManager(12, 4, num_host_blocks=16, store_zone=12)
+    scheduler = Scheduler(Limits(8, 64, 64), cache)
+    batches = [
+        [make_request("first", [1] * 21, 1)],
+        *[[]] * 6,
+        [make_request("wash", [2] * 47, 1)],
+        *[[]] * 9,
+    ]
+    loop = EngineLoop(
+        scheduler, ranks, ScriptedInbox(*batches, [make_request("a", [1] * 21, 1)]), delivered.extend
+    )
+    submit_one = ranks.submit
+
+    def lose_loads(plan):
+        if plan.loads:
+            ranks.fault = RuntimeError("copier of rank 0 is gone")
+        submit_one(plan)
+
+    ranks.submit = lose_loads
+    with pytest.raises(RuntimeError, match="copier of rank 0"):
+        loop.run()
+    assert (delivered[-1].id, delivered[-1].finish_reason) == ("a", "error")
