@@ -163,10 +163,10 @@ def _main_after_others(engine, model, before_return=lambda: None) -> None:
 
 def test_host_blocks_that_were_changed_are_computed_again(model):
     engine = _start(model, host_checksums=True)
-    host_slab = engine._loop._ranks.worker._copier._mover._ways["load"][0]
+    host_bytes = engine._loop._ranks.worker._copier._sums._rows
 
     def corrupt() -> None:
-        host_slab[::2, 5] ^= 1
+        host_bytes[::2, 5] ^= 1
 
     _main_after_others(engine, model, corrupt)
     stats = engine.stats()
