@@ -80,7 +80,10 @@ class Planner:
 
     def _grow(self, sequence: Sequence, num_tokens: int, draft: Draft) -> list[int] | None:
         """Blocks for a running sequence, preempting from the end of the order; None: not in this step."""
-        while self._cache.missing(sequence.table, num_tokens) > self._cache.pool.num_free:
+        missing = self._cache.missing(sequence.table, num_tokens)
+        if not missing:  # most often: a block lasts for many tokens
+            return []
+        while missing > self._cache.pool.num_free:
             draft.short_of_blocks = True
             if self._blocks_come_back():
                 return None  # nobody more has to go

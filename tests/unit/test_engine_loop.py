@@ -24,7 +24,7 @@ INFO = EngineInfo(
 
 
 class SimulatedRanks:
-    """Steps' results in order, copies in between. A gate holds them back; a fault is raised by what comes next."""
+    """Steps' results in order, copies in between. A gate holds them back, a fault is raised."""
 
     def __init__(self, num_stages: int = 1, num_ranks: int = 1) -> None:
         self.worker = SimulatedWorker(32, 4, 8, num_stages, num_ranks, NUM_HOST_BLOCKS)
