@@ -174,8 +174,11 @@ def test_a_long_prefix_is_loaded_in_parts_at_the_cost_of_nothing_on_the_device()
         rounds += 1
     manager.check_integrity([table])
     assert (rounds, good, manager.lost_blocks) == (2, 8, 0)
-    manager.grow(table, 33)
-    assert manager.match(table, prompt(0, 9)) == Match(), "it holds more than a prefix"
+    assert manager.match(table, prompt(0, 8)[:-1] + [7, 7]) == Match(), "nothing continues it"
+    manager.free(table)
+    table = manager.new_table()
+    manager.grow(table, 4)
+    assert manager.match(table, prompt(0, 8)) == Match(), "it holds more than a prefix"
 
 
 def test_load_room_leaves_out_what_the_match_itself_takes():

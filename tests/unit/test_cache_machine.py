@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from ds_serve.cache.host import State
-from ds_serve.cache.manager import BlockTable, CacheManager
+from ds_serve.cache.manager import BlockTable, CacheManager, Match
 from ds_serve.cache.pool import OutOfBlocks
 
 SIZE, DEVICE, HOST, PINNED = 2, 9, 6, 4
@@ -69,29 +69,44 @@ class CacheMachine(RuleBasedStateMachine):
         tokens=st.lists(st.integers(0, 1), min_size=1, max_size=11),
         salt=st.sampled_from("aab"),
         load=st.booleans(),
+        num_loads=st.integers(0, 5),
     )
-    def admit(self, tokens, salt, load):
-        run = Run(salt, tokens, self.manager.new_table(salt))
+    def admit(self, tokens, salt, load, num_loads):
+        self.take(Run(salt, tokens, self.manager.new_table(salt)), load, num_loads)
+
+    @precondition(lambda self: self.active())
+    @rule(data=st.data(), load=st.booleans(), num_loads=st.integers(0, 5))
+    def go_on_with_prefix(self, data, load, num_loads):
+        run = data.draw(st.sampled_from(self.active()))
+        if run.table.num_committed == len(run.table.block_ids):
+            self.take(run, load, num_loads)
+        else:
+            assert self.manager.match(run.table, run.tokens) == Match()
+
+    def take(self, run, load, num_loads):
+        tokens = run.tokens
         match = self.manager.match(run.table, tokens)
         for index, key in enumerate(run.table.keys):
             assert self.meaning.setdefault(key, run.content(index)) == run.content(index)
         self.check_match(run, match)
+        match = match.first(num_loads)
+        assert len(match.host) <= num_loads
+        held = len(run.table.block_ids)
         left, wanted = self.manager.free_after(match, load), len(match.host) if load else 0
         with self.watched():
             if wanted > left:
                 with pytest.raises(OutOfBlocks):
                     self.manager.take_prefix(run.table, match, load)
+                assert len(run.table.block_ids) == held
                 return
             cached, loads = self.manager.take_prefix(run.table, match, load)
         assert self.manager.pool.num_free == left - wanted
         assert [host for host, _ in loads] == (match.host if load else [])
-        assert (
-            cached
-            == (match.num_blocks if load else len(match.device)) * SIZE
-            == len(run.table.block_ids) * SIZE
-        )
+        taken = match.num_blocks if load else len(match.device)
+        assert cached == (held + taken) * SIZE == len(run.table.block_ids) * SIZE
         run.computed = cached
-        self.runs.append(run)
+        if run not in self.runs:
+            self.runs.append(run)
         if loads:
             for _, block in loads:
                 self.device[block] = GARBAGE
@@ -99,24 +114,36 @@ class CacheMachine(RuleBasedStateMachine):
 
     def check_match(self, run, match):
         """Right, and the longest there is."""
-        limit = (len(run.tokens) - 1) // SIZE
+        limit, held = (len(run.tokens) - 1) // SIZE, len(run.table.block_ids)
         tiers = {"device": self.device, "host": self.host}
         found = [("device", block) for block in match.device] + match.beyond
-        for index, (tier, block) in enumerate(found):
+        for index, (tier, block) in enumerate(found, start=held):
             assert tiers[tier][block] == run.content(index)
-        assert len(found) <= limit and (not match.beyond or match.beyond[0][0] == "host")
-        end = run.content(len(found))
+        held += len(found)
+        assert (held <= limit or not found) and (not match.beyond or match.beyond[0][0] == "host")
+        end = run.content(held)
         loading = {self.host[block] for copy in self.copies if copy.run for block, _ in copy.pairs}
-        assert match.waits == (len(found) < limit and end in loading and end not in self.visible())
-        if len(found) < limit and not match.waits:
+        assert match.waits == (held < limit and end in loading and end not in self.visible())
+        if held < limit and not match.waits:
             ready = {self.host[block] for block in self.manager.host.blocks(State.READY)}
             assert end not in self.visible() | ready
 
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=5, max_size=11))
+    def serve(self, tokens):
+        """A whole request without loads: this is what fills the tiers."""
+        run = Run("a", tokens, self.manager.new_table("a"))
+        self.take(run, False, 0)
+        self.compute(run, len(tokens))
+        self.confirm(run)
+        self.end_or_abort(run)
+
     @precondition(lambda self: self.active())
     @rule(data=st.data(), count=st.integers(1, 5))
-    def compute(self, data, count):
+    def compute_some(self, data, count):
+        self.compute(data.draw(st.sampled_from(self.active())), count)
+
+    def compute(self, run, count):
         """A step is planned, and computed; it is confirmed later."""
-        run = data.draw(st.sampled_from(self.active()))
         end = min(run.computed + count, len(run.tokens))
         missing = self.manager.missing(run.table, end)
         with self.watched():
@@ -134,8 +161,10 @@ class CacheMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.active())
     @rule(data=st.data())
-    def confirm(self, data):
-        run = data.draw(st.sampled_from(self.active()))
+    def confirm_one(self, data):
+        self.confirm(data.draw(st.sampled_from(self.active())))
+
+    def confirm(self, run):
         self.manager.commit(run.table, run.tokens, run.computed)
         for index, key in enumerate(run.table.keys):
             assert self.meaning.setdefault(key, run.content(index)) == run.content(index)
@@ -143,8 +172,10 @@ class CacheMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.runs)
     @rule(data=st.data())
-    def end_or_abort(self, data):
-        run = data.draw(st.sampled_from(self.runs))
+    def end_one(self, data):
+        self.end_or_abort(data.draw(st.sampled_from(self.runs)))
+
+    def end_or_abort(self, run):
         if run.table.loads:
             with pytest.raises(ValueError, match="must land first"):
                 self.manager.free(run.table)

@@ -86,6 +86,18 @@ def test_a_source_that_is_hit_while_its_store_runs_is_not_next_any_more():
     assert manager.pool.allocate(4)[-1] == hit
 
 
+def test_blocks_under_store_are_passed_over_where_they_are_next():
+    manager = tiers(num_blocks=6)
+    table = compute(manager, manager.new_table(), prompt(1, 5))
+    *cached, blank = table.block_ids
+    manager.free(table)
+    first, second, third = manager.stores()
+    manager.stored([second], [])
+    assert manager.pool.allocate(3) == [blank, second[0], cached[1]]
+    manager.stored([first, third], [])
+    assert manager.pool.allocate(3) == [first[0], third[0], cached[0]]
+
+
 def test_a_failed_store_is_dropped_and_not_tried_again():
     manager = tiers()
     manager.free(compute(manager, manager.new_table(), prompt(1, 3)))
@@ -121,6 +133,15 @@ def test_of_two_equal_blocks_the_second_keeps_the_key_on_the_device():
     (pair,) = store(manager)
     manager.pool.allocate(1)
     assert manager.lost_blocks == 0 and found(manager, prompt(1, 1)).device == two.block_ids
+    alone = tiers(num_blocks=2, store_zone=0)
+    for table in (tables := [alone.new_table(), alone.new_table()]):
+        alone.grow(table, 4)
+    for table in tables:
+        alone.commit(table, prompt(1, 1), 4)
+    assert [alone.pool.uses(table.block_ids[0]) for table in tables] == [0, 1], "computed again: a use"
+    alone.free(tables[0])
+    alone.pool.allocate(1)
+    assert (alone.evictions, alone.lost_blocks) == (1, 0), "not stored, but not lost"
     assert manager.host.find(two.keys[0]).twin is Twin.STAYS
     assert pair[0] != two.block_ids[0]
 
@@ -138,7 +159,7 @@ def test_the_host_gives_up_what_the_device_holds_too_before_anything_else():
     manager.pool.release(blank[:2])
     manager.free(compute(manager, manager.new_table(), prompt(3, 1)))
     ((_, host),) = manager.stores()
-    assert host in spare and manager.host_evictions == 1
+    assert host == spare[-1] and manager.host_evictions == 1, "the newest: its twin stays longest"
     assert len(found(manager, prompt(1, 3)).host) == 3
 
 
@@ -228,3 +249,10 @@ def test_hits_and_depth_reach_the_policy_over_both_tiers(monkeypatch):
         seen.clear()
         serve(manager, prompt(name, 2))
     assert (0, 2) in seen and (1, 2) in seen, "hit twice, each time on the host"
+    serve(manager, prompt(4, 2))
+    table = manager.new_table()
+    manager.take_prefix(table, manager.match(table, prompt(1, 2)), load=False)
+    seen.clear()
+    manager.free(compute(manager, table, prompt(1, 2)))
+    store(manager)
+    assert (0, 3) in seen and (1, 3) in seen, "computed though it is on the host: a use too"
