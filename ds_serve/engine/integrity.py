@@ -36,6 +36,9 @@ def check(scheduler: Scheduler) -> None:
     for sequence in running:
         counters = (sequence.num_computed, sequence.num_scheduled, sequence.num_tokens)
         assert 0 <= counters[0] <= counters[1] <= counters[2], f"{sequence.request.id}: {counters}"
+        if sequence.is_loading:
+            there = sequence.table.num_committed * scheduler.cache.block_size
+            assert counters[0] == there, f"{sequence.request.id}: {counters} before its load, {there} there"
         held = len(sequence.table.block_ids) * scheduler.cache.block_size
         assert held >= sequence.num_scheduled, f"{sequence.request.id}: too few blocks"
 

@@ -220,8 +220,6 @@ class Scheduler:
             return
         sequence.num_computed = sequence.num_scheduled = good
         sequence.num_prefill = sequence.num_admitted - good
-        if sequence.draining:  # preempted next, before it has used anything
-            return
         block_size = self.cache.block_size
         there = set(sequence.table.block_ids[: good // block_size])
         self.books.count_hit(sequence, good, sum(device in there for _, device in pairs) * block_size)

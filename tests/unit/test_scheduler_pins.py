@@ -186,6 +186,19 @@ def test_an_audit_gives_way_to_requests():
     assert tiers.tokens("new") == expected_output(make_request("new", [9] * 3, 2))
 
 
+def test_what_a_dropped_audit_would_have_taken_goes_to_who_dropped_it():
+    tiers = auditing(1.0, max_num_batched_tokens=4)
+    tiers.add(make_request("hit", [*A, 1], 1))
+    tiers.plan()
+    tiers.land()
+    tiers.plan()
+    tiers.land()
+    assert len(tiers.slots()) == 1, "one audit has ended, the other has a long way to go"
+    tiers.add(make_request("new", [9] * 4, 1))
+    assert [new.token_ids for new in tiers.plan().new] == [[9] * 4]
+    assert tiers.slots() == {"new"}
+
+
 def test_there_is_one_audit_at_a_time_and_none_while_others_wait():
     tiers = auditing(1.0, max_num_batched_tokens=8)
     run(tiers, hit(1), hit(2), hit(3))

@@ -212,6 +212,19 @@ def test_nobody_is_preempted_while_blocks_come_back_from_stores():
     assert tiers.tokens("one") == expected_output(one) and tiers.tokens("two") == expected_output(two)
 
 
+def test_while_somebody_lacks_blocks_no_more_of_them_go_into_stores():
+    tiers = Tiers()
+    tiers.add(make_request("old", A, 1), make_request("short", [5] * 9, 2))
+    tiers.plan()
+    tiers.land()
+    tiers.add(make_request("all", [6] * 40, 1))
+    assert len(tiers.plan().stores) == 5
+    tiers.land()  # gives two full blocks back
+    assert tiers.plan() is None
+    tiers.copy("store")
+    assert tiers.plan().rows and "all" in tiers.slots()
+
+
 def test_step_numbers_are_unique_and_ordered_and_only_steps_count():
     tiers = Tiers()
     tiers.add(make_request("old", A, 2))
