@@ -20,8 +20,13 @@ from ds_serve.cache.host import State
 from ds_serve.cache.manager import BlockTable, CacheManager, Match
 from ds_serve.cache.pool import OutOfBlocks
 
-SIZE, DEVICE, HOST, PINNED = 2, 9, 6, 4
+SIZE, DEVICE, HOST, PINNED = 2, 9, 10, 4
 GARBAGE = "garbage"
+
+# Few prompts of up to five blocks, the first block the same: so that they come back, from either tier.
+PROMPTS = st.builds(
+    lambda name, length: [7, 7, *[name] * 9][:length], st.integers(0, 4), st.sampled_from([2, 5, 8, 11, 11])
+)
 
 
 @dataclass(eq=False)
@@ -53,7 +58,7 @@ class CacheMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.manager = CacheManager(
-            DEVICE, SIZE, num_host_blocks=HOST, store_zone=4, max_pinned_blocks=PINNED
+            DEVICE, SIZE, num_host_blocks=HOST, store_zone=6, max_pinned_blocks=PINNED
         )
         self.device: list[object] = [GARBAGE] * DEVICE
         self.host: list[object] = [GARBAGE] * HOST
@@ -66,13 +71,24 @@ class CacheMachine(RuleBasedStateMachine):
     # -- requests --------------------------------------------------------------------------------
 
     @rule(
-        tokens=st.lists(st.integers(0, 1), min_size=1, max_size=11),
+        tokens=PROMPTS,
         salt=st.sampled_from("aab"),
         load=st.booleans(),
         num_loads=st.integers(0, 5),
     )
     def admit(self, tokens, salt, load, num_loads):
         self.take(Run(salt, tokens, self.manager.new_table(salt)), load, num_loads)
+
+    @precondition(lambda self: self.on_host())
+    @rule(data=st.data(), num_loads=st.sampled_from([1, 5, 5]))
+    def admit_with_loads(self, data, num_loads):
+        tokens = data.draw(st.sampled_from(self.on_host()))
+        self.take(Run("a", tokens, self.manager.new_table("a")), True, num_loads)
+
+    def on_host(self) -> list[list[int]]:
+        """Prompts that have something to load."""
+        prompts = [[7, 7, *[name] * 9] for name in range(5)]
+        return [each for each in prompts if self.manager.match(self.manager.new_table("a"), each).host]
 
     @precondition(lambda self: self.active())
     @rule(data=st.data(), load=st.booleans(), num_loads=st.integers(0, 5))
@@ -128,14 +144,16 @@ class CacheMachine(RuleBasedStateMachine):
             ready = {self.host[block] for block in self.manager.host.blocks(State.READY)}
             assert end not in self.visible() | ready
 
-    @rule(tokens=st.lists(st.integers(0, 1), min_size=5, max_size=11))
-    def serve(self, tokens):
-        """A whole request without loads: this is what fills the tiers."""
+    @rule(tokens=PROMPTS, stores=st.booleans())
+    def serve(self, tokens, stores):
+        """A whole request without loads, and then perhaps the stores: this is what fills the tiers."""
         run = Run("a", tokens, self.manager.new_table("a"))
         self.take(run, False, 0)
         self.compute(run, len(tokens))
         self.confirm(run)
         self.end_or_abort(run)
+        if stores and self.order_stores():
+            self.land_copy(self.copies[-1], set())
 
     @precondition(lambda self: self.active())
     @rule(data=st.data(), count=st.integers(1, 5))
@@ -187,7 +205,10 @@ class CacheMachine(RuleBasedStateMachine):
     # -- copies ----------------------------------------------------------------------------------
 
     @rule()
-    def order_stores(self):
+    def order(self):
+        self.order_stores()
+
+    def order_stores(self) -> bool:
         before = self.manager.num_storing
         stores = self.manager.stores()
         assert self.manager.num_storing == before + len(stores)
@@ -200,6 +221,7 @@ class CacheMachine(RuleBasedStateMachine):
                 assert self.manager.pool.key(block) is not None and not self.users()[block]
                 self.host[host] = GARBAGE
             self.copies.append(Copy(stores, [self.device[block] for block, _ in stores]))
+        return bool(stores)
 
     @precondition(lambda self: self.copies)
     @rule(data=st.data())
@@ -211,10 +233,13 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def land(self, data):
         copy = data.draw(st.sampled_from(self.copies))
-        self.copies.remove(copy)
         every = range(len(copy.pairs))
         failed = data.draw(st.sets(st.sampled_from(every), max_size=2)) if data.draw(st.booleans()) else set()
-        for index in every:
+        self.land_copy(copy, failed)
+
+    def land_copy(self, copy, failed):
+        self.copies.remove(copy)
+        for index in range(len(copy.pairs)):
             self.make(copy, index)
             if index in failed:  # a load's source is what is wrong, a store's target
                 host = copy.pairs[index][copy.run is None]
@@ -305,13 +330,14 @@ class CacheMachine(RuleBasedStateMachine):
         users, before, lost = self.users(), self.keys(), self.manager.lost_blocks
         runs = [(run, list(run.table.block_ids)) for run in self.runs]
         yield
-        new = [key for key in before if key not in self.keys()]
-        assert self.manager.lost_blocks - lost == sum(self.manager.host.find(key) is None for key in new)
+        gone = [key for key in before if key not in self.keys()]
+        assert self.manager.lost_blocks - lost == sum(self.manager.host.find(key) is None for key in gone)
         for block in users:
             assert not self.manager.pool.is_free(block)
         for run, blocks in runs:
             grown = run.table.block_ids[len(blocks) :]
-            assert not set(grown) & set(users), "a block that is in use is given away"
+            new = {block for block in grown if self.manager.pool.key(block) is None}
+            assert not new & set(users), "a block that is in use is given away"
 
     def keys(self) -> set[bytes]:
         return {key for block in range(DEVICE) if (key := self.manager.pool.key(block)) is not None}
@@ -358,4 +384,4 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 TestCache = CacheMachine.TestCase
-TestCache.settings = settings(max_examples=120, stateful_step_count=50, deadline=None)
+TestCache.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
