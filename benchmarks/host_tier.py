@@ -2,8 +2,8 @@
 
     python benchmarks/host_tier.py smollm2-135m --length 2048
 
-One engine, --repeat rounds, medians. The device pool holds a few such prompts; between a device hit and a host
-hit others wash it out. The copy's own time is what the ranks say of their loads.
+One engine, --repeat rounds, medians. The device pool holds a few such prompts; between a device hit and a
+host hit others wash it out. The copy's own time is what the ranks say of their loads.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from shapes import directory
 from ds_serve.config import Settings
 from ds_serve.messages import Output, Request, SamplingParams
 from ds_serve.rank import build_local_engine
-
 
 POOL_PROMPTS = 4
 

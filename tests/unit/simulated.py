@@ -263,10 +263,11 @@ class Tiers:
         self.scheduler.check_integrity()
 
     def copy(self, kind=None, ranks=None, failed=()):
-        """These ranks (None: all) make their copies and say so."""
+        """These ranks (None: all) make their copies and say so; failed: indexes, where there are so many."""
         for each in list(self.worker.copies):
             if kind in (None, each.kind) and (ranks is None or each.rank in ranks):
-                self.scheduler.copied(self.worker.copy(each, failed))
+                lost = [index for index in failed if index < len(each.pairs)]
+                self.scheduler.copied(self.worker.copy(each, lost))
                 self.scheduler.check_integrity()
 
     def run(self):
