@@ -69,21 +69,27 @@ class Books:
         return sequence
 
     def start(self, found: Candidate) -> None:
-        """Out of the queue into a slot, with what is cached; its loads count as in flight from now on."""
+        """Out of the queue into a slot, with what lies on the device; what is on the host is to be loaded."""
         sequence = found.sequence
         self.waiting.admit(found)
-        cached, loads = self.cache.take_prefix(sequence.table, found.match, found.loads)
+        cached, _ = self.cache.take_prefix(sequence.table, found.match, load=False)
         sequence.slot = self.free_slots.pop()
-        sequence.num_scheduled = cached
-        sequence.num_computed = len(found.match.device) * self.cache.block_size
+        sequence.num_scheduled = sequence.num_computed = cached
         sequence.num_admitted = len(sequence.token_ids)
-        sequence.num_prefill = sequence.num_admitted - cached
-        sequence.num_in_flight = int(bool(loads))
+        sequence.num_prefill = sequence.num_admitted - found.num_cached
+        sequence.num_in_flight = 0
+        sequence.is_loading = found.loads
         insort(self.running, sequence, key=_key)
         if not sequence.first_scheduled_at:
             sequence.first_scheduled_at = self.clock()
-        if not loads:
+        if not found.loads:
             self.count_hit(sequence, cached)
+
+    def loaded(self, sequence: Sequence) -> None:
+        """No more of a prefix will be loaded: what is not there is computed."""
+        sequence.is_loading = False
+        sequence.num_prefill = sequence.num_admitted - sequence.num_computed
+        self.count_hit(sequence, sequence.num_computed, sequence.num_loaded)
 
     def count_hit(self, sequence: Sequence, num_cached: int, num_host: int = 0) -> None:
         """What the cache had at a sequence's first start; later ones, after preemption, do not count."""

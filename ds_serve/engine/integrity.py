@@ -29,7 +29,7 @@ def check(scheduler: Scheduler) -> None:
     assert all(sequence.num_in_flight for sequence in landing), "an ended sequence holds blocks"
     in_flight = Counter(part.sequence for _, parts in books.in_flight for part in parts)
     in_flight.update(books.copies.owners("load"))
-    loading = {sequence for sequence in holders if sequence.is_loading}
+    loading = {sequence for sequence in holders if sequence.table.loads}
     assert loading == set(books.copies.owners("load")), "loads under way and loading sequences differ"
     found = {sequence: sequence.num_in_flight for sequence in holders if sequence.num_in_flight}
     assert found == in_flight, "steps and loads in flight and their sequences' counters differ"

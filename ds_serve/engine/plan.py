@@ -29,7 +29,8 @@ class Draft:
     num_decodes         rows of a running sequence's single token that it may still take
     num_prompt_tokens   what all micro-batches share
     budget, chunks      tokens that it may still take, and how many of them in prompt chunks; below 1: none
-    loads               of those that were admitted without rows
+    loads               parts of prefixes, each with whose it is
+    stores              copies of what the device gives up next
     short_of_blocks     a running sequence lacked blocks; is_held_up: a waiting one did, or waits for a load
     """
 
@@ -42,6 +43,7 @@ class Draft:
     decodes: set[Sequence] = field(default_factory=set)
     new_blocks: dict[Sequence, list[int]] = field(default_factory=dict)
     loads: list[tuple[Sequence, Pairs]] = field(default_factory=list)
+    stores: Pairs = field(default_factory=list)
     short_of_blocks: bool = False
     is_held_up: bool = False
 
@@ -81,7 +83,7 @@ class Draft:
         self.num_prompt_tokens -= num_cached
         self.chunks -= before - self.limits.chunk_tokens(self.num_prompt_tokens)
 
-    def make(self, step: int, stores: Pairs) -> tuple[StepPlan, list[Part]]:
+    def make(self, step: int) -> tuple[StepPlan, list[Part]]:
         """The plan, and each sequence's part in its rows; their counters move now.
 
         A sequence's first rows bring the sequence itself and all of its blocks.
@@ -111,7 +113,7 @@ class Draft:
             sequence.num_pending += samples
             sequence.num_in_flight += 1
         loads = [pair for _, pairs in self.loads for pair in pairs]
-        return StepPlan(step=step, new=new, rows=rows, loads=loads, stores=stores), parts
+        return StepPlan(step=step, new=new, rows=rows, loads=loads, stores=self.stores), parts
 
 
 def _new(sequence: Sequence) -> NewSequence:

@@ -3,10 +3,10 @@
 Every step closes gaps, single-token gaps (decodes) first, then prompt chunks, within one token budget. The
 sequence that comes last in order is the first to be preempted.
 
-A sequence whose prefix is loaded holds its slot and its blocks, counts as in flight and is left out of steps
-until the load has landed. It cannot lock others out: at its admission its whole prompt fitted beside what
-running ones lack, and the load itself needs no further block. So it lands whatever the others do, and then
-goes on or, where it was chosen as a victim, gives everything back.
+A sequence whose prefix is loaded holds its slot, and is left out of steps until it is there; each part of the
+load counts as in flight. It cannot lock others out: at its admission its whole prompt fitted beside what
+running ones lack, and a part that cannot be had is computed. So it goes on whatever the others do, or, where
+it was chosen as a victim, gives everything back once its part has landed.
 
 Knows no results and no messages of the front. Called by scheduler.py.
 """
@@ -16,7 +16,6 @@ from __future__ import annotations
 from itertools import islice
 
 from ds_serve.engine.books import Books
-from ds_serve.engine.copies import Pairs
 from ds_serve.engine.limits import Limits
 from ds_serve.engine.plan import Draft
 from ds_serve.engine.sequence import Sequence
@@ -42,8 +41,10 @@ class Planner:
         # Nobody is admitted in a step that ran short, unless nothing else is left to run.
         if not draft.short_of_blocks or not self._books.running:
             self._admit(draft)
-        stores = self._due_stores(draft)
-        return self._plan(draft, stores) if draft.counts or draft.loads or stores else None
+        self._start_stores(draft)
+        if self._load_more(draft) and not draft.counts:
+            self._schedule_running(draft)
+        return self._plan(draft) if draft.counts or draft.loads or draft.stores else None
 
     def _draft(self) -> Draft:
         """An empty step; in a pipeline with this step's share of the work.
@@ -67,6 +68,8 @@ class Planner:
             gap = self._gap(sequence)
             is_decode = gap == 1
             count = draft.room(gap, is_decode)
+            if not is_decode:
+                count = self._lossless(sequence, count)
             if count <= 0 or sequence.draining or sequence.slot is None:
                 continue
             blocks = self._grow(sequence, sequence.num_scheduled + count, draft)
@@ -108,6 +111,40 @@ class Planner:
             if not sequence.num_in_flight:
                 self._books.preempt(sequence)
 
+    def _lossless(self, sequence: Sequence, count: int) -> int:
+        """Of a chunk's tokens those whose blocks evict nothing that a store under way would have saved."""
+        if not self._cache.num_storing:
+            return count
+        blocks = len(sequence.table.block_ids) + self._cache.pool.num_ready
+        return min(count, blocks * self._cache.block_size - sequence.num_scheduled)
+
+    def _load_more(self, draft: Draft) -> bool:
+        """The next part for each whose prefix is being loaded; whether one has come to its end.
+
+        A part takes no more blocks than the device can give without loss: a long prefix that was loaded in
+        one go would push out more than the stores have saved.
+        """
+        is_one_ready = False
+        for sequence in self._books.running:
+            if sequence.is_loading and not sequence.table.loads and not sequence.draining:
+                self._load_part(sequence, draft)
+                is_one_ready |= not sequence.is_loading
+        return is_one_ready
+
+    def _load_part(self, sequence: Sequence, draft: Draft) -> None:
+        match = self._cache.match(sequence.table, sequence.token_ids)
+        part = match.first(self._cache.load_room(match))
+        if part.num_blocks:
+            cached, loads = self._cache.take_prefix(sequence.table, part, load=True)
+            if loads:
+                sequence.num_in_flight += 1
+                draft.loads.append((sequence, loads))
+                return
+            sequence.num_computed = sequence.num_scheduled = cached
+        is_more_to_come = part.num_blocks < match.num_blocks and self._cache.num_storing
+        if not is_more_to_come and not match.waits:
+            self._books.loaded(sequence)
+
     # -- waiting requests ------------------------------------------------------------------------
 
     def _admit(self, draft: Draft) -> None:
@@ -133,15 +170,20 @@ class Planner:
                 return
             sequence = found.sequence
             draft.discount(found.num_cached)
-            count = draft.room(len(sequence.token_ids) - found.num_cached)
-            if count < 1:
+            if draft.room(1) < 1:
                 return
             books.start(found)
             if sequence.is_loading:
-                draft.loads.append((sequence, list(sequence.table.loads)))
-            else:
-                self._cache.grow(sequence.table, found.num_cached + count)
-                draft.take(sequence, count, [])
+                self._start_stores(draft)  # what the hit took out of the zone is made up for before it gives
+                self._load_part(sequence, draft)
+            if not sequence.is_loading:
+                self._first_chunk(sequence, draft)
+
+    def _first_chunk(self, sequence: Sequence, draft: Draft) -> None:
+        count = self._lossless(sequence, draft.room(len(sequence.token_ids) - sequence.num_scheduled))
+        if count > 0:
+            self._cache.grow(sequence.table, sequence.num_scheduled + count)
+            draft.take(sequence, count, [])
 
     def _drop_audit(self, draft: Draft) -> None:
         auditor = self._books.auditor
@@ -157,20 +199,19 @@ class Planner:
 
     # -- the plan --------------------------------------------------------------------------------
 
-    def _due_stores(self, draft: Draft) -> Pairs:
+    def _start_stores(self, draft: Draft) -> None:
         """Stores hold blocks that were free. Where somebody lacks blocks, those under way land first."""
-        if self._cache.num_storing and (draft.short_of_blocks or draft.is_held_up):
-            return []
-        return self._cache.stores()
+        if not (self._cache.num_storing and (draft.short_of_blocks or draft.is_held_up)):
+            draft.stores += self._cache.stores()
 
-    def _plan(self, draft: Draft, stores: Pairs) -> StepPlan:
-        plan, parts = draft.make(self._num_plans, stores)
+    def _plan(self, draft: Draft) -> StepPlan:
+        plan, parts = draft.make(self._num_plans)
         self._num_plans += 1
         if parts:
             self._books.in_flight.append((plan.step, parts))
             self._books.totals.num_steps += 1
         self._books.copies.start(plan.step, "load", draft.loads)
-        self._books.copies.start(plan.step, "store", [(None, stores)])
+        self._books.copies.start(plan.step, "store", [(None, draft.stores)])
         return plan
 
 

@@ -219,10 +219,11 @@ class Scheduler:
             self.books.land_ended(sequence)
             return
         sequence.num_computed = sequence.num_scheduled = good
-        sequence.num_prefill = sequence.num_admitted - good
         block_size = self.cache.block_size
         there = set(sequence.table.block_ids[: good // block_size])
-        self.books.count_hit(sequence, good, sum(device in there for _, device in pairs) * block_size)
+        sequence.num_loaded += sum(device in there for _, device in pairs) * block_size
+        if failed:
+            self.books.loaded(sequence)
 
     # -- accounts --------------------------------------------------------------------------------
 

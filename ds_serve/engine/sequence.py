@@ -36,6 +36,7 @@ class Sequence:
         "first_token_at",
         "is_announced",
         "is_audit",
+        "is_loading",
         "is_sampled",
         "look_again_at",
         "num_admitted",
@@ -43,6 +44,7 @@ class Sequence:
         "num_computed",
         "num_host_tokens",
         "num_in_flight",
+        "num_loaded",
         "num_overtaken",
         "num_pending",
         "num_prefill",
@@ -71,6 +73,8 @@ class Sequence:
         self.num_admitted = 0
         self.num_prefill = 0
         self.num_in_flight = 0  # steps, and its loads as one
+        self.is_loading = False  # more of its prefix is to be loaded, or is under way: no rows until then
+        self.num_loaded = 0  # tokens that loads have brought since it took its slot
         self.num_cached_tokens: int | None = (
             None  # set once, at the first admission or when its loads are done
         )
@@ -116,16 +120,13 @@ class Sequence:
         return self.finish_reason is not None
 
     @property
-    def is_loading(self) -> bool:
-        return bool(self.table.loads)
-
-    @property
     def times(self) -> tuple[float, float, float]:
         return (self.queued_at, self.first_scheduled_at, self.first_token_at)
 
     def reset(self) -> None:
         """Back to nothing computed (its blocks are given back by the caller); tokens stay."""
-        self.num_scheduled = self.num_computed = 0
+        self.num_scheduled = self.num_computed = self.num_loaded = 0
+        self.is_loading = False
         self.slot = None
         self.is_announced = False
         self.draining = False
