@@ -75,7 +75,7 @@ def _build(settings: Settings) -> tuple[Scheduler, LocalRank, EngineInfo]:
 
 
 def _cache(settings: Settings, info: EngineInfo) -> CacheManager:
-    # Blocks that two steps can take, those that decodes begin among them: to be saved before they are evicted.
+    # Blocks that two steps can take: those that are to be saved before they are evicted.
     zone = 2 * -(-(settings.max_num_batched_tokens + settings.max_num_seqs) // info.block_size)
     return CacheManager(
         info.num_blocks,
