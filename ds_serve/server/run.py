@@ -68,7 +68,8 @@ async def _serve(
     try:
         return await watch
     except asyncio.CancelledError:
-        return 0
+        # A launcher that sees a rank fail ends this process too: that is a failure still.
+        return 0 if supervisor.failure is None else _failed(_for_good(supervisor.failure))
 
 
 async def _watch(
@@ -87,11 +88,15 @@ async def _watch(
         info = await supervisor.wait_ready()
         print(_greeting(settings.name, info, front_socket), flush=True)
         await supervisor.given_up.wait()
-        return _failed(f"the engine failed for good: {supervisor.reason}")
+        return _failed(_for_good(supervisor.reason))
     except Exception as error:  # transformers raises what it likes over a tokenizer's files
         return _failed(error)
     finally:
         server.should_exit = True
+
+
+def _for_good(reason: str) -> str:
+    return f"the engine failed for good: {reason}"
 
 
 def _failed(reason: object) -> int:

@@ -68,6 +68,7 @@ class Supervisor:
         self._client: EngineClient | None = None
         self._was_ready = False
         self._reason = "the engine is starting"
+        self.failure: str | None = None  # why it is gone for good: it failed, and is never started again
         self.retry_after_s = 5
         self.given_up = asyncio.Event()
 
@@ -138,9 +139,12 @@ class Supervisor:
                 process = await self._spawn(folder)
                 try:
                     reason = await self._watch(process, client)
+                    failed = not self._stopping.is_set()
                 finally:
                     await self._end(process, client)
-                log.log(logging.INFO if self._stopping.is_set() else logging.ERROR, "engine: %s", reason)
+                if failed and not self._policy.max_restarts:
+                    self.failure = reason
+                log.log(logging.ERROR if failed else logging.INFO, "engine: %s", reason)
                 return reason
             finally:
                 self._client = None
