@@ -1,7 +1,9 @@
-"""Runs a script on several ranks under the deepspeed launcher, and leaves no process behind."""
+"""Runs a script on several ranks under DeepSpeed's launcher, and leaves no process behind."""
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import signal
 import socket
@@ -20,9 +22,11 @@ def free_port() -> int:
 
 def run_ranks(script: Path, ranks: int, *args: str, timeout: float = 240) -> list[str]:
     """Lines that all ranks of `script args` printed; AssertionError with the output if it fails or hangs."""
+    # The launcher's part for one machine: what `deepspeed` itself starts, after as long an import again.
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(ranks))}).encode()).decode()
     command = [
-        sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--no_local_rank",
-        "--num_accelerators", str(ranks), "--master_port", str(free_port()), str(script), *args,
+        sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}", "-q", "--no_local_rank",
+        "--master_port", str(free_port()), str(script), *args,
     ]  # fmt: skip
     paths = [str(ROOT), str(ROOT / "tests" / "model"), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {
