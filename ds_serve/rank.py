@@ -17,6 +17,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 
@@ -150,10 +151,10 @@ def main(folder: str = "", front_pid: str = "0") -> int:
     return code
 
 
-def _terminated(*_: object) -> None:
-    """SIGTERM: from the front, or from a launcher that saw another rank die, which is then the reason."""
+def _terminated(*_: object) -> NoReturn:
+    """SIGTERM: from the front, or from a launcher, whose reason the lead may know."""
     if _lead is not None:
-        _lead.controller.check(wait_s=1.0)
+        _lead.terminated()
     raise SystemExit(0)
 
 

@@ -14,7 +14,7 @@ import msgspec
 import zmq
 
 from ds_serve.engine.loop import Closed
-from ds_serve.messages import EngineMessage, FrontMessage, Shutdown
+from ds_serve.messages import EngineMessage, FrontMessage
 
 IDLE_POLL_MS = 1000
 
@@ -47,8 +47,6 @@ class IpcPort:
         while self._in.poll(timeout):
             messages += self._decoder.decode(self._in.recv())
             timeout = 0
-        if any(isinstance(message, Shutdown) for message in messages):
-            raise Closed
         if time.monotonic() - self._looked >= IDLE_POLL_MS / 1000:
             self._looked = time.monotonic()
             if not self._front_lives():

@@ -20,6 +20,7 @@ from ds_serve.messages import (
     FrontMessage,
     Output,
     Request,
+    Shutdown,
     Stats,
     StatsQuery,
     StepPlan,
@@ -133,7 +134,8 @@ class EngineLoop:
 
     def _take_in(self, result: StepResult | CopyResult) -> list[Output]:
         if isinstance(result, CopyResult):
-            return self.scheduler.copied(result)
+            self.scheduler.copied(result)
+            return []
         if self.scheduler.num_in_flight == 1:
             self._active_s = self._active()
             self._active_since = None
@@ -152,6 +154,8 @@ class EngineLoop:
                     answer = self.scheduler.unpin(message.cache_key, message.salt)
                 case StatsQuery():
                     answer = self._stats()
+                case Shutdown():
+                    raise Closed
             if answer is not None:
                 answers.append(answer)
         if answers:

@@ -188,28 +188,27 @@ class Scheduler:
 
     # -- copies done -----------------------------------------------------------------------------
 
-    def copied(self, result: CopyResult) -> list[Output]:
+    def copied(self, result: CopyResult) -> None:
         """Take in one rank's word on a plan's loads or stores; they count when every rank has spoken.
 
-        No request ends by it, so there is no Output. Raises ValueError for copies that are not under way.
+        No request ends by it. Raises ValueError for copies that are not under way.
         """
         batch = self.books.copies.land(result)
         if batch is None:
-            return []
+            return
         totals, num_good = self.books.totals, batch.num_pairs - len(batch.failed)
         totals.failed_copies += len(batch.failed)
         if result.kind == "store":
             totals.stored_blocks += num_good
             for _, pairs, failed in batch.landed():
                 self.cache.stored(pairs, failed)
-            return []
+            return
         totals.loaded_blocks += num_good
         totals.load_s += batch.seconds
         totals.num_loads += 1
         for sequence, pairs, failed in batch.landed():
             self._land_load(sequence, pairs, failed)
         self.books.waiting.look_again()
-        return []
 
     def _land_load(self, sequence: Sequence, pairs: Pairs, failed: set[int]) -> None:
         """What came is good up to the first failed block; from there on it is computed."""

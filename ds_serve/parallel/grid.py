@@ -12,6 +12,7 @@ import os
 import socket
 from collections import deque
 from datetime import timedelta
+from functools import cached_property
 from typing import Literal
 
 import deepspeed
@@ -111,9 +112,8 @@ class Grid:
         if self.place.tp == 1 or not count:
             return values or []
         mine = values if self.place.shard == 0 else [0] * count
-        if (
-            self.uses_shm
-        ):  # float32 holds integers below 2**24, more than any vocabulary, and adds zeros exactly
+        if self.uses_shm:
+            # float32 holds integers below 2**24, more than any vocabulary, and adds zeros exactly.
             return [int(value) for value in self.all_reduce(torch.tensor(mine, dtype=torch.float32)).tolist()]
         shared = torch.tensor(mine, dtype=torch.int64, device=get_accelerator().current_device_name())
         torch.distributed.broadcast(shared, src=self.place.rank - self.place.shard, group=self.tensor_group)
@@ -147,8 +147,9 @@ class Grid:
         """Of each value, the sum over all ranks."""
         return [sum(each) for each in zip(*self._gather(values), strict=True)]
 
+    @cached_property
     def ranks_here(self) -> int:
-        """How many of the ranks run on this machine."""
+        """How many of the ranks run on this machine; the first time a collective."""
         return self._gather(socket.gethostname()).count(socket.gethostname())
 
     def _gather(self, mine) -> list:

@@ -58,7 +58,7 @@ def build_worker(
 
     Its copier's results and failure go to deliver and fail, on a thread of the copier's.
     """
-    here = grid.ranks_here()
+    here = grid.ranks_here
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
     elif here > 1 and "OMP_NUM_THREADS" not in os.environ:
@@ -83,7 +83,7 @@ class Lead:
         self._left = False
         in_main = threading.current_thread() is threading.main_thread()
         if in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, self._terminated)
+            signal.signal(signal.SIGTERM, self.terminated)
 
     def start(self, settings: Settings) -> LeadRank:
         """Loads the model on all ranks. Raises RankFailure, or RuntimeError while another engine is open."""
@@ -99,8 +99,8 @@ class Lead:
         self._rank = LeadRank(lambda *report: build_worker(settings, self.grid, *report), self.controller)
         return self._rank
 
-    def _terminated(self, *_: object) -> None:
-        """SIGTERM: often from a launcher that saw another rank die, which is then the reason to raise."""
+    def terminated(self, *_: object) -> NoReturn:
+        """Handles SIGTERM: often from a launcher that saw another rank die, which is then the RankFailure."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would hide the reason
         self.controller.check(wait_s=1.0)
         raise SystemExit(128 + signal.SIGTERM)

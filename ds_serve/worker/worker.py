@@ -63,9 +63,11 @@ class Worker:
         self._grid = grid
         self._progress = progress
         # One block table serves all ranks, so the rank with the least memory sets the size, in each tier.
-        here = grid.ranks_here()
         self.num_blocks, self.num_host_blocks = grid.minimum(
-            [_num_blocks(model, settings, here), _num_host_blocks(model, settings, here)]
+            [
+                _num_blocks(model, settings, grid.ranks_here),
+                _num_host_blocks(model, settings, grid.ranks_here),
+            ]
         )
         [self._bytes_per_block] = grid.total([model.layout.bytes_per_block])
         held = self.num_blocks * settings.block_size

@@ -93,15 +93,17 @@ def records(models, tmp_path_factory):
 
     def get(grid: tuple[int, int]) -> dict[str, dict]:
         if grid not in done:
-            done[grid] = _launch(grid, models, tmp_path_factory.mktemp("matrix"))
+            shape = {"all_reduce": "group"}
+            done[grid] = launch_grid(grid, shape, WANTED[grid], models, tmp_path_factory.mktemp("matrix"))
         return done[grid]
 
     return get
 
 
-def _launch(grid: tuple[int, int], models, folder: Path) -> dict[str, dict]:
+def launch_grid(grid: tuple[int, int], more: dict, names: list[str], models, folder: Path) -> dict[str, dict]:
+    """The records by name of these models in one launch of a grid, with more settings."""
     tp, pp = grid
-    shape = {"tensor_parallel": tp, "pipeline_parallel": pp, "dtype": "float32", "all_reduce": "group"}
+    shape = {"tensor_parallel": tp, "pipeline_parallel": pp, "dtype": "float32"} | more
     cases = [
         {
             "name": name,
@@ -110,7 +112,7 @@ def _launch(grid: tuple[int, int], models, folder: Path) -> dict[str, dict]:
             "settings": {"model": models(name)[0]} | shape,
             "variants": VARIANTS,
         }
-        for name in WANTED[grid]
+        for name in names
     ]
     (folder / "cases.json").write_text(json.dumps(cases))
     script, results = Path(__file__).parent / "matrix_run.py", folder / "results.jsonl"

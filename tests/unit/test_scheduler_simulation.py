@@ -231,7 +231,8 @@ class Simulation:
             self.copied.append(self.worker.copy(copies[0]))
         for _ in range(max(is_stuck, round(luck.uniform(0, 2 * pace)))):
             if self.copied:
-                self._take(self.scheduler.copied(self.copied.pop(luck.randrange(len(self.copied)))))
+                self.scheduler.copied(self.copied.pop(luck.randrange(len(self.copied))))
+                self.scheduler.check_integrity()
 
     def _take(self, outputs) -> None:
         for output in outputs:
