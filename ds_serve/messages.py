@@ -29,7 +29,9 @@ class SamplingParams(_Message):
     prompt, also after preemption. A token drawn at a position is a function of (seed, position)
     and of the logits alone: the front draws a seed where the caller gave none.
     eos_token_ids end a request unless ignore_eos; stop_token_ids always do. Neither can be sampled
-    before min_tokens. logprobs is the number of alternatives to report (0: the token's own only).
+    before min_tokens. logprobs is the number of alternatives to report (0: the token's own only), and
+    prompt_logprobs the same for the prompt's own tokens, whose request then takes nothing from the cache.
+    grammar is llguidance's: output follows it to its end, and only then can an end token be drawn.
 
     Raises ValueError naming the parameter when one is out of range.
     """
@@ -49,6 +51,8 @@ class SamplingParams(_Message):
     eos_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: str = ""
 
     def __post_init__(self) -> None:
         _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
@@ -72,12 +76,13 @@ class SamplingParams(_Message):
         for token, bias in self.logit_bias.items():
             _require(token >= 0 and -100.0 <= bias <= 100.0, "logit_bias", {token: bias}, "in [-100, 100]")
         _require(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit integer")
-        _require(
-            self.logprobs is None or 0 <= self.logprobs <= 100,
-            "logprobs",
-            self.logprobs,
-            "between 0 and 100",
-        )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            _require(value is None or 0 <= value <= 100, name, value, "between 0 and 100")
+        if self.grammar:  # where a grammar ends nothing but an end token is left
+            _require(not self.min_tokens, "min_tokens", self.min_tokens, "0 where output follows a grammar")
+            _require(not self.ignore_eos, "ignore_eos", True, "false where output follows a grammar")
+            _require(bool(self.eos_token_ids), "grammar", "one", "for a model that has an end token")
 
     @property
     def greedy(self) -> bool:
@@ -152,6 +157,7 @@ class Output(_Message, tag="output"):
 
     token_ids are new since the last Output; logprobs runs beside them where it was asked for.
     stop_token_id is the id that ended it, if one did (it is the last of token_ids).
+    prompt_logprobs come with the first token, where asked for: of each prompt token but the first.
     num_cached_tokens counts prompt tokens that were not computed again, num_host_tokens those of them that
     came from the host tier. times are seconds on the
     engine's monotonic clock: queued, first_scheduled, first_token (0 where not yet).
@@ -160,6 +166,7 @@ class Output(_Message, tag="output"):
     id: str
     token_ids: list[int] = []
     logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: str | None = None
@@ -173,9 +180,11 @@ class Stats(_Message, tag="stats"):
     """Gauges and totals of the engine, for /health, metrics and tests.
 
     active_s is the time with a step in flight, stage_busy_s how long of it each pipeline stage computed;
-    what is missing to active_s is a stage's bubble. cached_tokens_host is the part of cached_tokens that came
-    from the host tier; load_s the seconds of num_loads plans' loads on the slowest rank; lost_blocks were
-    evicted from the device before they were stored; bytes_per_block is of all ranks together.
+    what is missing to active_s is a stage's bubble. The engine's thread spent plan_s on planning and sending
+    steps, wait_s on waiting for results, update_s on taking them in and sending outputs. cached_tokens_host
+    is the part of cached_tokens that came from the host tier; load_s the seconds of num_loads plans' loads on
+    the slowest rank; lost_blocks were evicted from the device before they were stored; bytes_per_block is of all
+    ranks together.
     """
 
     num_running: int = 0
@@ -191,6 +200,9 @@ class Stats(_Message, tag="stats"):
     output_tokens: int = 0
     active_s: float = 0.0
     stage_busy_s: list[float] = []
+    plan_s: float = 0.0
+    wait_s: float = 0.0
+    update_s: float = 0.0
     num_host_blocks: int = 0
     num_host_used: int = 0
     num_pinned_blocks: int = 0
@@ -253,7 +265,8 @@ class Row(_Message):
     Workers keep each slot's tokens (a sampled token is appended by the worker itself) and block
     table (new_block_ids is appended). A row with sample=True ends at the sequence's last token.
     In a pipeline only the last stage draws tokens, and it hands none of them back: token_ids brings
-    the row's last tokens, those that were drawn since the slot was taken.
+    the row's last tokens, those that were drawn since the slot was taken. Of a scored row the
+    log-probabilities of the prompt tokens that follow its positions are asked for.
     """
 
     slot: int
@@ -261,6 +274,7 @@ class Row(_Message):
     count: int
     new_block_ids: list[int] = []
     sample: bool = False
+    scored: bool = False
     token_ids: list[int] = []
 
 
@@ -282,18 +296,21 @@ class StepPlan(_Message, tag="plan"):
 
 
 INVALID_TOKEN = -1
+NO_TOKEN_FITS = -2
 
 
 class StepResult(_Message, tag="result"):
     """One token for each row of the plan with sample=True, in the plan's order.
 
-    A token is INVALID_TOKEN where the row's logits were not finite: there was nothing to draw from.
-    logprobs runs beside token_ids where any of the rows asked for them, else it is empty.
+    A token is INVALID_TOKEN where the row's logits were not finite: there was nothing to draw from. It is
+    NO_TOKEN_FITS where a grammar allowed none, or failed. logprobs runs beside token_ids where any of the
+    rows asked for them, else it is empty. prompt_logprobs has one list for each scored row, in order, if any.
     """
 
     step: int
     token_ids: list[int] = []
     logprobs: list[TokenLogprob | None] = []
+    prompt_logprobs: list[list[TokenLogprob]] = []
 
 
 class CopyResult(_Message, tag="copied"):

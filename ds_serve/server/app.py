@@ -16,11 +16,12 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from ds_serve.server.chat import chat_completions
+from ds_serve.server.chat_protocol import ChatBody
 from ds_serve.server.client import EngineDeadError
 from ds_serve.server.completions import completions
 from ds_serve.server.errors import ApiError, from_validation
 from ds_serve.server.front import Front
-from ds_serve.server.protocol import MAX_CACHE_KEY_CHARS, ChatBody, CompletionBody
+from ds_serve.server.protocol import MAX_CACHE_KEY_CHARS, CompletionBody
 from ds_serve.server.replies import ClientGone, json_reply
 
 _STATS_TIMEOUT_S = 1.0

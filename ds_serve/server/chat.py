@@ -8,9 +8,9 @@ from __future__ import annotations
 from fastapi import Request, Response
 
 from ds_serve.messages import TokenLogprob
+from ds_serve.server.chat_protocol import ChatBody
 from ds_serve.server.front import Front
 from ds_serve.server.generation import Delta
-from ds_serve.server.protocol import ChatBody
 from ds_serve.server.replies import reply
 from ds_serve.server.shapes import Envelope, finite, token_text
 

@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from ds_serve.server.chat_protocol import ChatBody
 from ds_serve.server.client import EngineClient, EngineDeadError
 from ds_serve.server.errors import ApiError, refusing
 from ds_serve.server.generation import Prompt
-from ds_serve.server.protocol import ChatBody, CompletionBody
+from ds_serve.server.protocol import CompletionBody
 from ds_serve.server.sampling import check_prompt, sampling_params
 from ds_serve.text.codec import TextCodec
 from ds_serve.text.defaults import GenerationDefaults

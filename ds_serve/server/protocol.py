@@ -1,4 +1,4 @@
-"""The bodies of OpenAI's completion routes as pydantic models, with the usual extensions.
+"""What the bodies of OpenAI's generating routes share, and the body of /v1/completions, as pydantic models.
 
 Knows shapes and types; ranges of sampling parameters are SamplingParams' own (messages.py). A
 field that is not here is refused; null is the same as absent.
@@ -27,7 +27,7 @@ def _encodable(text: str) -> str:
 Text = Annotated[str, AfterValidator(_encodable)]
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
     @model_validator(mode="before")
@@ -38,11 +38,11 @@ class _Body(BaseModel):
         return data
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     include_usage: bool = False
 
 
-class GenerationBody(_Body):
+class GenerationBody(Body):
     """What both routes share. Fields after `user` are extensions, named as elsewhere."""
 
     model: Text
@@ -122,63 +122,6 @@ class CompletionBody(GenerationBody):
     @property
     def max_tokens_asked(self) -> int | None:
         return self.max_tokens
-
-
-class TextPart(_Body):
-    type: Literal["text"]
-    text: Text
-
-
-class Message(_Body):
-    """One turn. Content of several text parts is joined by newlines."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
-    name: Text | None = None
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _content_is_text(cls, value: Any) -> Any:
-        if isinstance(value, list):
-            kinds = [part.get("type") if isinstance(part, dict) else part for part in value]
-            if any(kind != "text" for kind in kinds):
-                raise ValueError(f"parts must be of type 'text', got {kinds}")
-        elif not isinstance(value, str):
-            raise ValueError("must be a string or a list of text parts")
-        return value
-
-    def for_template(self) -> dict[str, str]:
-        content = self.content
-        if not isinstance(content, str):
-            content = "\n".join(part.text for part in content)
-        message = {"role": self.role, "content": content}
-        return message | ({"name": self.name} if self.name is not None else {})
-
-
-class ChatBody(GenerationBody):
-    """POST /v1/chat/completions."""
-
-    messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = None
-    logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=20)
-    chat_template_kwargs: dict[str, Any] = {}
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool = False
-
-    @model_validator(mode="after")
-    def _fields_agree(self) -> ChatBody:
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs: only where logprobs is true")
-        if None not in (self.max_tokens, self.max_completion_tokens) and (
-            self.max_tokens != self.max_completion_tokens
-        ):
-            raise ValueError("max_tokens: differs from max_completion_tokens, its newer name; send one")
-        return self
-
-    @property
-    def max_tokens_asked(self) -> int | None:
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
 def _are_ids(value: Any) -> bool:

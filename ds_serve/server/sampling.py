@@ -9,8 +9,9 @@ from __future__ import annotations
 import secrets
 
 from ds_serve.messages import EngineInfo, SamplingParams
+from ds_serve.server.chat_protocol import ChatBody
 from ds_serve.server.errors import ApiError
-from ds_serve.server.protocol import ChatBody, CompletionBody
+from ds_serve.server.protocol import CompletionBody
 from ds_serve.text.defaults import GenerationDefaults
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
