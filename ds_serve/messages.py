@@ -183,8 +183,8 @@ class Stats(_Message, tag="stats"):
     what is missing to active_s is a stage's bubble. The engine's thread spent plan_s on planning and sending
     steps, wait_s on waiting for results, update_s on taking them in and sending outputs. cached_tokens_host
     is the part of cached_tokens that came from the host tier; load_s the seconds of num_loads plans' loads on
-    the slowest rank; lost_blocks were evicted from the device before they were stored; bytes_per_block is of all
-    ranks together.
+    the slowest rank; lost_blocks were evicted from the device before they were stored; bytes_per_block is of
+    all ranks together.
     """
 
     num_running: int = 0
