@@ -135,12 +135,14 @@ class Planner:
         match = self._cache.match(sequence.table, sequence.token_ids)
         part = match.first(self._cache.load_room(match))
         if part.num_blocks:
-            cached, loads = self._cache.take_prefix(sequence.table, part, load=True)
+            _, loads = self._cache.take_prefix(sequence.table, part, load=True)
+            # What others have computed meanwhile is there at once, also ahead of loads.
+            there = sequence.table.num_committed * self._cache.block_size
+            sequence.num_computed = sequence.num_scheduled = there
             if loads:
                 sequence.num_in_flight += 1
                 draft.loads.append((sequence, loads))
                 return
-            sequence.num_computed = sequence.num_scheduled = cached
         is_more_to_come = part.num_blocks < match.num_blocks and self._cache.num_storing
         if not is_more_to_come and not match.waits:
             self._books.loaded(sequence)
