@@ -19,14 +19,14 @@ async def chat_completions(front: Front, body: ChatBody, http: Request) -> Respo
     """Raises ApiError, EngineDeadError (a 503) and ClientGone."""
     client = front.client
     front.check_model(body.model)
-    shape = ChatShape(front)
+    shape = ChatShape(front, body)
     prompts = [await front.chat_prompt(body, client)]
     return await reply(http, body, client, shape, prompts)
 
 
 class ChatShape(Envelope):
-    def __init__(self, front: Front) -> None:
-        super().__init__(front, "chatcmpl", "chat.completion", "chat.completion.chunk")
+    def __init__(self, front: Front, body: ChatBody) -> None:
+        super().__init__(front, body, "chatcmpl", "chat.completion", "chat.completion.chunk")
 
     def choice(self, whole: Delta) -> dict:
         message = {"role": "assistant", "content": whole.text, "refusal": None}

@@ -21,14 +21,14 @@ async def completions(front: Front, body: CompletionBody, http: Request) -> Resp
     """Raises ApiError, EngineDeadError (a 503) and ClientGone."""
     client = front.client
     front.check_model(body.model)
-    shape = CompletionShape(front)
+    shape = CompletionShape(front, body)
     prompts = await front.completion_prompts(body, client)
     return await reply(http, body, client, shape, prompts)
 
 
 class CompletionShape(Envelope):
-    def __init__(self, front: Front) -> None:
-        super().__init__(front, "cmpl", "text_completion", "text_completion")
+    def __init__(self, front: Front, body: CompletionBody) -> None:
+        super().__init__(front, body, "cmpl", "text_completion", "text_completion")
         self._offsets: defaultdict[int, int] = defaultdict(int)  # of each choice's next token, in characters
 
     def choice(self, whole: Delta) -> dict:

@@ -1,13 +1,13 @@
 """A Generation as an HTTP reply: one JSON object, or server-sent events as the text comes.
 
-Knows when to send what; what a choice or a chunk looks like is its route's Shape. A client that
+Knows when to send what; what a reply or an event looks like is its route's Shape. A client that
 goes away has its requests aborted, whichever way it asked.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Iterable
 from contextlib import aclosing
 from typing import Any, Protocol, TypeVar
 
@@ -29,22 +29,28 @@ class ClientGone(Exception):
 
 
 class Shape(Protocol):
-    """How one route words its reply. Every method returns plain JSON values. id names the call."""
+    """How one route words its reply, for one call, which id names.
+
+    Events are server-sent ones as they go over the wire (shapes.event); usage is Generation.usage's.
+    """
 
     id: str
     codec: TextCodec
 
-    def envelope(self, choices: list[dict], *, chunk: bool) -> dict:
-        """The object around choices: id, object, created, model."""
+    def whole(self, choices: list[Delta], usage: dict) -> dict:
+        """The reply that is no stream."""
 
-    def choice(self, whole: Delta) -> dict:
-        """One finished choice."""
+    def begin(self, num_choices: int) -> Iterable[bytes]:
+        """The events before the first piece."""
 
-    def opening(self, index: int) -> dict | None:
-        """The chunk that opens a choice's stream, if the route has one."""
+    def piece(self, delta: Delta) -> Iterable[bytes]:
+        """The events of one piece of a choice."""
 
-    def chunk(self, delta: Delta) -> dict:
-        """One piece of a choice."""
+    def end(self, usage: dict) -> Iterable[bytes]:
+        """The events after the last piece."""
+
+    def failed(self, error: ApiError) -> Iterable[bytes]:
+        """The events that end a stream in the middle."""
 
 
 class EventStream(StreamingResponse):
@@ -86,42 +92,33 @@ async def reply(
     )
     if not body.stream:
         whole = await _unless_gone(http, generation.collect())
-        payload = shape.envelope([shape.choice(choice) for choice in whole], chunk=False)
-        return json_reply(payload | {"usage": generation.usage()})
+        return json_reply(shape.whole(whole, generation.usage()))
     deltas = generation.deltas()
     first = await _unless_gone(http, anext(deltas))
-    with_usage = body.stream_options is not None and body.stream_options.include_usage
-    return EventStream(_events(first, deltas, generation, shape, with_usage))
+    return EventStream(_events(first, deltas, generation, shape))
 
 
 async def _events(
-    first: Delta, deltas: AsyncIterator[Delta], generation: Generation, shape: Shape, with_usage: bool
+    first: Delta, deltas: AsyncIterator[Delta], generation: Generation, shape: Shape
 ) -> AsyncIterator[bytes]:
-    nothing = {"usage": None} if with_usage else {}
     async with aclosing(deltas):
-        for index in range(len(generation.requests)):
-            opening = shape.opening(index)
-            if opening is not None:
-                yield _event(shape.envelope([opening], chunk=True) | nothing)
+        for event in shape.begin(len(generation.requests)):
+            yield event
         delta: Delta | None = first
         try:
             while delta is not None:
                 if delta.text or delta.logprobs or delta.finish_reason is not None:
-                    yield _event(shape.envelope([shape.chunk(delta)], chunk=True) | nothing)
+                    for event in shape.piece(delta):
+                        yield event
                 delta = await anext(deltas, None)
-        except ApiError as error:
-            yield _event(error.body)
+        except (ApiError, EngineDeadError) as error:
+            if isinstance(error, EngineDeadError):
+                error = ApiError(503, error.reason, code="engine_dead")
+            for event in shape.failed(error):
+                yield event
             return
-        except EngineDeadError as error:
-            yield _event(ApiError(503, error.reason, code="engine_dead").body)
-            return
-    if with_usage:
-        yield _event(shape.envelope([], chunk=True) | {"usage": generation.usage()})
-    yield b"data: [DONE]\n\n"
-
-
-def _event(payload: dict) -> bytes:
-    return b"data: " + msgspec.json.encode(payload) + b"\n\n"
+    for event in shape.end(generation.usage()):
+        yield event
 
 
 async def _unless_gone(http: Request, work: Awaitable[T]) -> T:
