@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ds_serve.server.protocol import Body, GenerationBody, Text
+from ds_serve.server.protocol import Body, ChoicesBody, Text
 
 
 class TextPart(Body):
@@ -43,7 +43,7 @@ class Message(Body):
         return message | ({"name": self.name} if self.name is not None else {})
 
 
-class ChatBody(GenerationBody):
+class ChatBody(ChoicesBody):
     """POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)

@@ -43,17 +43,14 @@ class StreamOptions(Body):
 
 
 class GenerationBody(Body):
-    """What both routes share. Fields after `user` are extensions, named as elsewhere."""
+    """What every generating route takes. Fields after `user` are extensions, named as elsewhere."""
 
     model: Text
     stream: bool = False
-    stream_options: StreamOptions | None = None
-    n: int = Field(1, ge=1, le=128)
     stop: list[Text] = []
     seed: int | None = None
     temperature: float | None = None
     top_p: float | None = None
-    max_tokens: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[str, float] = {}
@@ -92,15 +89,27 @@ class GenerationBody(Body):
         return strings
 
     @model_validator(mode="after")
-    def _options_need_what_they_are_of(self) -> GenerationBody:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options: only where stream is true")
+    def _time_needs_a_key(self) -> GenerationBody:
         if "prompt_cache_ttl" in self.model_fields_set and not self.prompt_cache_key:
             raise ValueError("prompt_cache_ttl: only where prompt_cache_key is given")
         return self
 
 
-class CompletionBody(GenerationBody):
+class ChoicesBody(GenerationBody):
+    """What the routes that answer with choices share beside it: chat and completions."""
+
+    stream_options: StreamOptions | None = None
+    n: int = Field(1, ge=1, le=128)
+    max_tokens: int | None = None
+
+    @model_validator(mode="after")
+    def _options_need_a_stream(self) -> ChoicesBody:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: only where stream is true")
+        return self
+
+
+class CompletionBody(ChoicesBody):
     """POST /v1/completions. prompt becomes a list of texts or of token ids."""
 
     prompt: list[Text] | list[list[int]]

@@ -18,7 +18,7 @@ from fastapi.responses import StreamingResponse
 from ds_serve.server.client import EngineClient, EngineDeadError
 from ds_serve.server.errors import ApiError
 from ds_serve.server.generation import Delta, Generation, Prompt
-from ds_serve.server.protocol import GenerationBody
+from ds_serve.server.protocol import ChoicesBody
 from ds_serve.text.codec import TextCodec
 
 T = TypeVar("T")
@@ -71,7 +71,7 @@ def json_reply(payload: Any, status: int = 200) -> Response:
 
 
 async def reply(
-    http: Request, body: GenerationBody, client: EngineClient, shape: Shape, prompts: list[Prompt]
+    http: Request, body: ChoicesBody, client: EngineClient, shape: Shape, prompts: list[Prompt]
 ) -> Response:
     """Generates what the body asks of these prompts, and answers as it asks.
 

@@ -11,7 +11,7 @@ import msgspec
 from ds_serve.server.errors import ApiError
 from ds_serve.server.front import Front
 from ds_serve.server.generation import Delta
-from ds_serve.server.protocol import GenerationBody
+from ds_serve.server.protocol import ChoicesBody
 
 _LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 
@@ -23,7 +23,7 @@ class Envelope:
     None) and chunk (one piece of a choice).
     """
 
-    def __init__(self, front: Front, body: GenerationBody, prefix: str, kind: str, chunk_kind: str) -> None:
+    def __init__(self, front: Front, body: ChoicesBody, prefix: str, kind: str, chunk_kind: str) -> None:
         self.id = f"{prefix}-{uuid.uuid4().hex}"
         self.codec = front.codec
         self._kinds = {False: kind, True: chunk_kind}
