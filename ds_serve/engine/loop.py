@@ -75,12 +75,15 @@ class EngineLoop:
         inbox: Inbox,
         deliver: Callable[[list[EngineMessage]], None],
         clock: Callable[[], float] = time.monotonic,
+        stopwatch: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.scheduler = scheduler
         self._ranks = ranks
         self._inbox = inbox
         self._deliver = deliver
         self._clock = clock
+        self._stopwatch = stopwatch
+        self._plan_s = self._wait_s = self._update_s = 0.0  # this thread's time, as in Stats
         self._active_s = 0.0  # with a step in flight, until the last time that none was
         self._active_since: float | None = None
         self._is_idle = False  # nothing in flight, and the last turn found nothing to plan
@@ -112,8 +115,11 @@ class EngineLoop:
 
     def turn(self) -> None:
         """Take in messages, plan what may be planned, and take in one result."""
-        scheduler = self.scheduler
+        scheduler, stopwatch = self.scheduler, self._stopwatch
+        started = stopwatch()
         messages = self._inbox.receive(wait=self._is_idle)
+        if self._is_idle:
+            started = stopwatch()  # it slept until now
         if messages:
             self._answer(messages)
         if self._is_idle:
@@ -122,11 +128,17 @@ class EngineLoop:
             if plan.rows and self._active_since is None:
                 self._active_since = self._clock()
             self._ranks.submit(plan)
+        planned = stopwatch()
+        self._plan_s += planned - started
         in_flight = scheduler.num_in_flight or scheduler.num_copying
         if in_flight:
-            outputs = self._take_in(self._ranks.collect())
+            result = self._ranks.collect()
+            collected = stopwatch()
+            self._wait_s += collected - planned
+            outputs = self._take_in(result)
             if outputs:
                 self._deliver(outputs)
+            self._update_s += stopwatch() - collected
         elif scheduler.num_open:
             raise RuntimeError(f"{scheduler.num_open} requests are open and no step can be planned")
         # After a result there may be something to plan, if only stores: idle is who had nothing to wait for.
@@ -163,7 +175,12 @@ class EngineLoop:
 
     def _stats(self) -> Stats:
         return msgspec.structs.replace(
-            self.scheduler.stats(), active_s=self._active(), stage_busy_s=self._ranks.busy_s()
+            self.scheduler.stats(),
+            active_s=self._active(),
+            stage_busy_s=self._ranks.busy_s(),
+            plan_s=self._plan_s,
+            wait_s=self._wait_s,
+            update_s=self._update_s,
         )
 
     def _active(self) -> float:

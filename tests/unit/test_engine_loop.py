@@ -202,9 +202,9 @@ class ScriptedInbox:
         return self.batches.popleft() if self.batches else []
 
 
-def make_loop(ranks, delivered, *batches, clock=lambda: 0.0):
+def make_loop(ranks, delivered, *batches, clock=lambda: 0.0, stopwatch=lambda: 0.0):
     scheduler = Scheduler(Limits(8, 16, 64, max_steps_in_flight=2, num_stages=2), CacheManager(32, 4))
-    return EngineLoop(scheduler, ranks, ScriptedInbox(*batches), delivered.extend, clock)
+    return EngineLoop(scheduler, ranks, ScriptedInbox(*batches), delivered.extend, clock, stopwatch)
 
 
 def test_a_request_that_arrives_with_a_failure_is_answered():
@@ -251,6 +251,23 @@ def test_active_time_counts_while_a_step_is_in_flight():
     assert [each.active_s for each in stats] == [0.0, 2.5, 4.0]
     assert all(each.stage_busy_s == [0.5, 0.5] for each in stats)
     assert sum(len(each.token_ids) for each in delivered if isinstance(each, Output)) == 2
+
+
+def test_the_thread_s_time_is_told_apart_and_sleeping_is_none_of_it():
+    delivered, ranks = [], SimulatedRanks(2)
+    # A turn reads the watch when it starts, has planned, has a result, and is done; where it slept, also when
+    # it wakes up. Two tokens, a turn with nothing to do, a query, and the sleep that ends it all.
+    steps = [0, 1, 3, 6, 10, 15, 21, 28]
+    idle = [100, 101]
+    woken = [200, 1000, 1004]
+    last = [5000]
+    now = iter([*steps, *idle, *woken, *last])
+    batches = [[make_request("a", [1, 2], 2)], [], [], [StatsQuery()]]
+    loop = make_loop(ranks, delivered, *batches, stopwatch=lambda: next(now))
+    loop.run()
+    assert (loop._plan_s, loop._wait_s, loop._update_s) == (1 + 5 + 1 + 4, 2 + 6, 3 + 7)
+    (stats,) = [message for message in delivered if isinstance(message, Stats)]
+    assert (stats.plan_s, stats.wait_s, stats.update_s) == (7, 8, 10), "the query's own turn is not over"
 
 
 def test_stores_that_are_due_are_made_and_waited_for_before_the_engine_sleeps():
