@@ -181,10 +181,10 @@ class Stats(_Message, tag="stats"):
 
     active_s is the time with a step in flight, stage_busy_s how long of it each pipeline stage computed;
     what is missing to active_s is a stage's bubble. The engine's thread spent plan_s on taking in messages,
-    planning and sending steps, wait_s on waiting for results, update_s on taking them in and sending outputs. cached_tokens_host
-    is the part of cached_tokens that came from the host tier; load_s the seconds of num_loads plans' loads on
-    the slowest rank; lost_blocks were evicted from the device before they were stored; bytes_per_block is of
-    all ranks together.
+    planning and sending steps, wait_s on waiting for results, update_s on taking them in and sending outputs.
+    cached_tokens_host is the part of cached_tokens that came from the host tier; load_s the seconds of
+    num_loads plans' loads on the slowest rank; lost_blocks were evicted from the device before they were
+    stored; bytes_per_block is of all ranks together.
     """
 
     num_running: int = 0
