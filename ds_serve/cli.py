@@ -21,7 +21,7 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from ds_serve import launch
-from ds_serve.config import Settings
+from ds_serve.config import SECRETS, Settings
 
 DEMO = "demo"
 SHORT = {"tensor_parallel": "--tp", "pipeline_parallel": "--pp"}
@@ -75,6 +75,9 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     for name, field in Settings.model_fields.items():
         if name == "model":
             continue
+        if name in SECRETS:
+            _refuse_flags(group, name)
+            continue
         options: dict = {"default": argparse.SUPPRESS, "help": field.description, "dest": name}
         choices = typing.get_args(field.annotation)
         if field.annotation is bool:
@@ -85,6 +88,23 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
             options["metavar"] = "N" if field.annotation is int or int in choices else "VALUE"
         spellings = [SHORT[name]] if name in SHORT else []
         group.add_argument(*spellings, f"--{name.replace('_', '-')}", **options)
+
+
+def _refuse_flags(group, name: str) -> None:
+    """A secret is no flag: everyone on the machine can read a command line."""
+
+    class Refuse(argparse.Action):
+        def __call__(self, parser, namespace, values, option_string=None):
+            file = " or into the file of --api-key-file" if name == "api_keys" else ""
+            parser.exit(
+                2,
+                f"{parser.prog}: {option_string}: others on this machine can read a command line (ps): "
+                f"put it into the environment, as DS_SERVE_{name.upper()}{file}\n",
+            )
+
+    flag = f"--{name.replace('_', '-')}"
+    hidden = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+    group.add_argument(*{flag, flag.removesuffix("s")}, action=Refuse, nargs="?", **hidden)
 
 
 def _add_generation(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,7 @@
 """The one settings model: defaults, then a YAML file, then DS_SERVE_* variables, then flags, the last wins.
 
 Knows names, types and ranges of settings; knows nothing of what they do. Read by cli, pipeline, server
-and rank; handed from the server to its engine process as JSON.
+and rank; handed from the server to its engine process as JSON, which holds no secrets.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -48,8 +48,25 @@ def parse_counts(value: Any) -> Any:
 Counts = Annotated[list[Annotated[int, Field(ge=1)]], NoDecode, BeforeValidator(parse_counts)]
 
 
+def parse_list(value: Any) -> Any:
+    """'a, b' -> ['a', 'b']. Raises ValueError for text that names nothing; never repeats it."""
+    if not isinstance(value, str):
+        return value
+    parts = [part.strip() for part in value.split(",")]
+    if not all(parts):
+        raise ValueError("is set, but empty or with nothing between two commas")
+    return parts
+
+
+Names = Annotated[list[str], NoDecode, BeforeValidator(parse_list)]
+Secrets = Annotated[list[SecretStr], NoDecode, BeforeValidator(parse_list)]
+
+
 class Settings(BaseSettings):
-    """Everything that can be set. Field descriptions are the command line's help texts."""
+    """Everything that can be set. Field descriptions are the command line's help texts.
+
+    Secrets are the fields that no dump includes (SECRETS); they come from the environment or the YAML file.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix="DS_SERVE_", extra="forbid", protected_namespaces=(), populate_by_name=True
@@ -109,6 +126,40 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="address to serve on")
     port: int = Field(8000, ge=0, le=65535, description="port to serve on")
+    api_key_file: str | None = Field(
+        None, description="file of API keys, one a line, # begins a comment; default: no key is asked for"
+    )
+    api_keys: Secrets = Field([], exclude=True, description="more API keys, separated by commas")
+    open_metrics: bool = Field(False, description="serve /metrics without a key too")
+    cors_origins: Names = Field(
+        [], description="web origins whose pages may call the API (https://a.example,https://b.example, or *)"
+    )
+    ssl_keyfile: str | None = Field(None, description="TLS: private key (PEM)")
+    ssl_certfile: str | None = Field(None, description="TLS: certificate chain (PEM)")
+    ssl_keyfile_password: SecretStr | None = Field(
+        None, exclude=True, description="TLS: password of ssl_keyfile"
+    )
+    ssl_ca_certs: str | None = Field(
+        None, description="TLS: clients must show a certificate that one of these CAs signed (PEM)"
+    )
+
+    max_request_bytes: Bytes = Field(16 * 2**20, ge=1, description="bytes of a request body at most (16MiB)")
+    max_open_requests: int | None = Field(
+        None, ge=1, description="open HTTP requests at most; default: max_num_seqs + max_queue"
+    )
+    body_timeout: float = Field(60.0, gt=0, description="seconds in which a request must have arrived whole")
+    request_timeout: float | None = Field(
+        None, gt=0, description="seconds for an answer at most; default: no limit but the client's own"
+    )
+    stream_stall_timeout: float = Field(
+        300.0, gt=0, description="seconds after which a client that takes nothing of its answer is dropped"
+    )
+    drain_timeout: float = Field(
+        120.0, ge=0, description="seconds that open requests have to end when the server is told to stop"
+    )
+
+    access_log: bool = Field(True, description="a line of JSON for each request, to stderr")
+    log_prompts: bool = Field(False, description="log the bodies of requests too, prompts and all")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="how much is logged")
 
     @classmethod
@@ -138,7 +189,8 @@ class Settings(BaseSettings):
             def settings_customise_sources(cls, settings_cls, init_settings, env_settings, **_):
                 return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, config_file)
 
-        return cls.model_construct(**WithFile(**flags).model_dump())
+        settings = WithFile(**flags)
+        return cls.model_construct(**{name: getattr(settings, name) for name in cls.model_fields})
 
     @model_validator(mode="after")
     def _check_stages(self) -> Settings:
@@ -147,6 +199,14 @@ class Settings(BaseSettings):
                 f"stage_layers names {len(self.stage_layers)} stages, "
                 f"but pipeline_parallel is {self.pipeline_parallel}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> Settings:
+        if self.ssl_certfile is None:
+            for name in ("ssl_keyfile", "ssl_ca_certs", "ssl_keyfile_password"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}: needs ssl_certfile too")
         return self
 
     @property
@@ -158,3 +218,6 @@ class Settings(BaseSettings):
     def name(self) -> str:
         """The model's name in the API."""
         return self.served_model_name or Path(self.model).resolve().name
+
+
+SECRETS = tuple(name for name, field in Settings.model_fields.items() if field.exclude)
