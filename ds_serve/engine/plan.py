@@ -15,11 +15,15 @@ from ds_serve.messages import NewSequence, Row, StepPlan
 
 @dataclass(slots=True)
 class Part:
-    """A sequence's part in a planned step: count tokens; samples if they reach the sequence's end."""
+    """A sequence's part in a planned step: count tokens; samples if they reach the sequence's end.
+
+    is_scored: log-probabilities of prompt tokens come back with it.
+    """
 
     sequence: Sequence
     count: int
     samples: bool
+    is_scored: bool
 
 
 @dataclass(slots=True)
@@ -29,6 +33,7 @@ class Draft:
     num_decodes         rows of a running sequence's single token that it may still take
     num_prompt_tokens   what all micro-batches share
     budget, chunks      tokens that it may still take, and how many of them in prompt chunks; below 1: none
+    scored              and how many in chunks whose log-probabilities are asked for
     loads               parts of prefixes, each with whose it is
     stores              copies of what the device gives up next
     short_of_blocks     a running sequence lacked blocks; is_held_up: a waiting one did, or waits for a load
@@ -39,6 +44,7 @@ class Draft:
     num_prompt_tokens: int = 0
     budget: int = field(init=False)
     chunks: int = field(init=False)
+    scored: int = field(init=False)
     counts: dict[Sequence, int] = field(default_factory=dict)
     decodes: set[Sequence] = field(default_factory=set)
     new_blocks: dict[Sequence, list[int]] = field(default_factory=dict)
@@ -50,9 +56,12 @@ class Draft:
     def __post_init__(self) -> None:
         self.budget = self.limits.max_num_batched_tokens
         self.chunks = self.limits.chunk_tokens(self.num_prompt_tokens)
+        self.scored = self.limits.max_scored_tokens
 
-    def room(self, gap: int, is_decode: bool = False) -> int:
+    def room(self, gap: int, is_decode: bool = False, is_scored: bool = False) -> int:
         """How many of a sequence's gap tokens it may take; below 1: none."""
+        if is_scored:
+            gap = min(gap, self.scored)
         if is_decode:
             return min(gap, self.budget, self.num_decodes)
         return min(gap, self.budget, self.chunks)
@@ -61,6 +70,7 @@ class Draft:
         self.counts[sequence] = count
         self.new_blocks[sequence] = new_blocks
         self.budget -= count
+        self.scored -= count * sequence.is_scored
         if is_decode:
             self.decodes.add(sequence)
             self.num_decodes -= 1
@@ -71,6 +81,7 @@ class Draft:
         """Refund the budget of a sequence that loses its place in the step, if it has one."""
         count = self.counts.pop(sequence, 0)
         self.budget += count
+        self.scored += count * sequence.is_scored
         if sequence in self.decodes:
             self.decodes.remove(sequence)
             self.num_decodes += 1
@@ -92,6 +103,7 @@ class Draft:
         for sequence, count in self.counts.items():
             start = sequence.num_scheduled
             samples = start + count == sequence.num_tokens
+            is_scored = sequence.is_scored and start < sequence.num_prompt_tokens - 1
             new_blocks = self.new_blocks[sequence]
             if not sequence.is_announced:
                 sequence.is_announced = True
@@ -105,10 +117,11 @@ class Draft:
                     count=count,
                     new_block_ids=new_blocks,
                     sample=samples,
+                    scored=is_scored,
                     token_ids=drawn if self.limits.num_stages > 1 else [],
                 )
             )
-            parts.append(Part(sequence, count, samples))
+            parts.append(Part(sequence, count, samples, is_scored))
             sequence.num_scheduled += count
             sequence.num_pending += samples
             sequence.num_in_flight += 1

@@ -67,7 +67,7 @@ class Planner:
         for sequence in sorted(self._books.running, key=_is_not_decode):
             gap = self._gap(sequence)
             is_decode = gap == 1
-            count = draft.room(gap, is_decode)
+            count = draft.room(gap, is_decode, sequence.is_scored)
             if not is_decode:
                 count = self._lossless(sequence, count)
             if count <= 0 or sequence.draining or sequence.slot is None:
@@ -182,7 +182,8 @@ class Planner:
                 self._first_chunk(sequence, draft)
 
     def _first_chunk(self, sequence: Sequence, draft: Draft) -> None:
-        count = self._lossless(sequence, draft.room(len(sequence.token_ids) - sequence.num_scheduled))
+        gap = len(sequence.token_ids) - sequence.num_scheduled
+        count = self._lossless(sequence, draft.room(gap, is_scored=sequence.is_scored))
         if count > 0:
             self._cache.grow(sequence.table, sequence.num_scheduled + count)
             draft.take(sequence, count, [])

@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 
+import msgspec
+
 from ds_serve.cache.manager import CacheManager
 from ds_serve.engine import integrity
 from ds_serve.engine.audit import RESERVED
@@ -127,10 +129,11 @@ class Scheduler:
             )
         self.books.in_flight.popleft()
         tokens = iter(zip(result.token_ids, result.logprobs or [None] * wanted, strict=True))
+        scores = iter(result.prompt_logprobs)
         outputs = []
         for part in parts:
             sampled = next(tokens) if part.samples else None
-            output = self._land_part(part, sampled)
+            output = self._land_part(part, sampled, next(scores) if part.is_scored else [])
             if output is None:
                 continue
             if not part.sequence.is_audit:
@@ -139,13 +142,16 @@ class Scheduler:
                 self.books.auditor.take(output)
         return outputs
 
-    def _land_part(self, part: Part, sampled: tuple[int, TokenLogprob | None] | None) -> Output | None:
+    def _land_part(
+        self, part: Part, sampled: tuple[int, TokenLogprob | None] | None, scores: list[TokenLogprob]
+    ) -> Output | None:
         sequence = part.sequence
         sequence.num_in_flight -= 1
         if sequence.is_finished:  # ended meanwhile: the token is dropped, its place consumed
             self.books.land_ended(sequence)
             return None
         sequence.num_computed += part.count
+        sequence.prompt_logprobs += scores
         if sampled is not None and sampled[0] == INVALID_TOKEN:
             return self.books.finish(sequence, "error", error="the model gave logits that are not finite")
         if sampled is not None:
@@ -159,7 +165,11 @@ class Scheduler:
         problem = self._prompt_computed(sequence) if is_first else None
         if problem is not None:
             return self.books.finish(sequence, "error", error=problem)
-        return self._output(sequence, *sampled)
+        output = self._output(sequence, *sampled)
+        if not sequence.is_scored:
+            return output
+        scores, sequence.prompt_logprobs, sequence.is_scored = sequence.prompt_logprobs, [], False
+        return msgspec.structs.replace(output, prompt_logprobs=scores)
 
     def _prompt_computed(self, sequence: Sequence) -> str | None:
         """A prompt's KV is there: it is pinned and audited where that is due. Returns why it must end."""

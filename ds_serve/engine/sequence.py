@@ -6,7 +6,7 @@ Knows nothing of other sequences, of queues or of budgets; the scheduler owns an
 from __future__ import annotations
 
 from ds_serve.cache.manager import BlockTable
-from ds_serve.messages import FinishReason, Request
+from ds_serve.messages import FinishReason, Request, TokenLogprob
 
 
 class Sequence:
@@ -38,6 +38,7 @@ class Sequence:
         "is_audit",
         "is_loading",
         "is_sampled",
+        "is_scored",
         "look_again_at",
         "num_admitted",
         "num_cached_tokens",
@@ -51,6 +52,7 @@ class Sequence:
         "num_prompt_tokens",
         "num_scheduled",
         "prefix_score",
+        "prompt_logprobs",
         "queued_at",
         "request",
         "slot",
@@ -82,7 +84,10 @@ class Sequence:
         self.slot: int | None = None  # holds a slot exactly while it holds blocks
         self.is_announced = False  # the ranks know that it has the slot
         self.draining = False  # chosen as a victim while in flight: preempted once it has landed
-        self.uses_cache = True  # False: neither matches nor is published
+        # Its prompt's log-probabilities, until they are handed out: every token is computed, none is a hit.
+        self.is_scored = request.params.prompt_logprobs is not None
+        self.prompt_logprobs: list[TokenLogprob] = []
+        self.uses_cache = not self.is_scored  # False: neither matches nor is published
         self.is_audit = False  # the engine's own
         self.is_sampled = False  # a hit to be audited
         # While it waits: what the cache held for it when that was last looked up, and until when that stands.
@@ -126,6 +131,7 @@ class Sequence:
     def reset(self) -> None:
         """Back to nothing computed (its blocks are given back by the caller); tokens stay."""
         self.num_scheduled = self.num_computed = self.num_loaded = 0
+        self.prompt_logprobs.clear()
         self.is_loading = False
         self.slot = None
         self.is_announced = False

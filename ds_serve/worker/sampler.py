@@ -15,6 +15,7 @@ and its logits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -211,6 +212,27 @@ class Sampler:
         chosen = logprobs.gather(1, tokens[plan.logprob_index, None]).squeeze(1)
         top = logprobs.topk(min(max(n for _, n in plan.logprob_rows), self.vocab_size))
         return SampleOutput(tokens, valid, plan.logprob_rows, chosen, top.indices, top.values)
+
+    def score(
+        self, logits: torch.Tensor, targets: torch.Tensor, rows: list[tuple[int, int]]
+    ) -> list[list[TokenLogprob]]:
+        """Log-probabilities of given tokens: a list for each of rows, (slot, number of tokens).
+
+        logits [N, V >= vocab_size] of any float type, targets int64 [N], those of all rows one after another.
+        Each has as many alternatives as its slot's prompt_logprobs asks for.
+        """
+        logprobs = logits[:, : self.vocab_size].float().log_softmax(-1)
+        counts = [self._slots[slot].params.prompt_logprobs or 0 for slot, _ in rows]
+        chosen = logprobs.gather(1, targets[:, None]).squeeze(1).tolist()
+        top = logprobs.topk(min(max(counts), self.vocab_size))
+        entries = iter(zip(chosen, top.indices.tolist(), top.values.tolist(), strict=True))
+        return [
+            [
+                TokenLogprob(logprob=value, top_ids=ids[:count], top_logprobs=values[:count])
+                for value, ids, values in islice(entries, size)
+            ]
+            for (_, size), count in zip(rows, counts, strict=True)
+        ]
 
     def _edit(self, raw: torch.Tensor, plan: _Plan, positions: np.ndarray) -> torch.Tensor:
         """Scores after bias, penalties and masked end tokens, [R, V]; raw itself where none applies now."""

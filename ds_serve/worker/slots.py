@@ -23,15 +23,19 @@ class StepInputs:
 
     input_ids    int64[1, T]
     slots, positions of the S tokens to be drawn
+    scored       slot and number of tokens of each row whose prompt tokens are scored
+    targets      int64[N], those tokens
 
-    attention.sampled tells which of the T tokens these are. Where none is to be drawn it names token 0, so
-    that every model's head has a row to work on.
+    attention.sampled tells after which of the T tokens the S are drawn and the N stand, in this order. Where
+    there are none it names token 0, so that every model's head has a row to work on.
     """
 
     input_ids: torch.Tensor
     attention: AttentionBatch
     slots: list[int]
     positions: list[int]
+    scored: list[tuple[int, int]]
+    targets: torch.Tensor
 
 
 class SlotTable:
@@ -44,11 +48,13 @@ class SlotTable:
         self._tokens = np.empty((max_num_seqs, max_model_len + 1), dtype=np.int64)
         self._blocks = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
         self._num_blocks = [0] * max_num_seqs
+        self._num_prompt = [0] * max_num_seqs
 
     def admit(self, new: NewSequence) -> None:
         """new takes its slot; what the slot held is forgotten."""
         self._tokens[new.slot, : len(new.token_ids)] = new.token_ids
         self._num_blocks[new.slot] = 0
+        self._num_prompt[new.slot] = new.num_prompt_tokens
 
     def append(self, slots: Sequence[int], positions: Sequence[int], token_ids: Sequence[int]) -> None:
         """The sampled token of each slot, at its position."""
@@ -82,7 +88,10 @@ class SlotTable:
         device = slab.device
         samples = np.array([row.sample for row in rows])
         ends = starts + counts
-        sampled = (query_start[1:] - 1)[samples] if samples.any() else np.zeros(1)
+        scored, targets, before = self._scored(rows, query_start)
+        sampled = np.concatenate([(query_start[1:] - 1)[samples], before])
+        if not len(sampled):
+            sampled = np.zeros(1)
         attention = AttentionBatch(
             slab=slab,
             layout=layout,
@@ -100,7 +109,23 @@ class SlotTable:
             attention=attention,
             slots=slots[samples].tolist(),
             positions=ends[samples].tolist(),
+            scored=scored,
+            targets=_put(targets, device),
         )
+
+    def _scored(
+        self, rows: Sequence[Row], query_start: np.ndarray
+    ) -> tuple[list[tuple[int, int]], np.ndarray, np.ndarray]:
+        """What StepInputs says of scored rows, and where in the packed row what precedes each target."""
+        scored, targets, before = [], [], []
+        for row, first in zip(rows, query_start[:-1], strict=True):
+            if row.scored:
+                end = min(row.start + row.count, self._num_prompt[row.slot] - 1)
+                scored.append((row.slot, end - row.start))
+                targets.append(self._tokens[row.slot, row.start + 1 : end + 1])
+                before.append(first + np.arange(end - row.start))
+        none = np.zeros(0, dtype=np.int64)
+        return scored, np.concatenate([none, *targets]), np.concatenate([none, *before])
 
 
 def _put(array: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -218,20 +218,26 @@ class Worker:
 
     def _draw(self, plan: StepPlan, inputs: StepInputs, logits: torch.Tensor) -> StepResult | None:
         """Draws a token for each row that samples: once, on the first shard, which tells the others."""
-        token_ids, logprobs = [], []
+        token_ids, logprobs, num_drawn = [], [], len(inputs.slots)
         if self._sampler is not None and inputs.slots:
-            token_ids, logprobs = self._sampler.sample(logits, inputs.slots, inputs.positions).to_host()
+            drawn = self._sampler.sample(logits[:num_drawn], inputs.slots, inputs.positions)
+            token_ids, logprobs = drawn.to_host()
         # The next step may be planned already: an invalid token stands in as 0 until its request ends.
         usable = [max(token, 0) for token in token_ids]
         if self._sampler is not None:
             self._sampler.append(inputs.slots, usable)
         if self.place.pp == 1:  # in a pipeline the first stage learns tokens from the next plan
-            usable = self._grid.share(usable, len(inputs.slots))
+            usable = self._grid.share(usable, num_drawn)
             self._slots.append(inputs.slots, inputs.positions, usable)
         if not self.place.samples:
             return None
         asked = logprobs if any(logprob is not None for logprob in logprobs) else []
-        return StepResult(step=plan.step, token_ids=token_ids, logprobs=asked)
+        prompt_logprobs = []
+        if inputs.scored:
+            prompt_logprobs = self._sampler.score(logits[num_drawn:], inputs.targets, inputs.scored)
+        return StepResult(
+            step=plan.step, token_ids=token_ids, logprobs=asked, prompt_logprobs=prompt_logprobs
+        )
 
 
 def _num_blocks(model: LoadedModel, settings: Settings, ranks_here: int) -> int:

@@ -20,6 +20,7 @@ from ds_serve.engine.limits import Limits
 from ds_serve.engine.scheduler import Scheduler
 from ds_serve.messages import (
     CopyResult,
+    NewSequence,
     Request,
     Row,
     SamplingParams,
@@ -45,6 +46,25 @@ def expected_output(request: Request) -> list[int]:
         if tokens[-1] in params.end_token_ids and produced >= params.min_tokens:
             break
     return tokens[len(request.prompt_token_ids) :]
+
+
+def expected_prompt_logprobs(request: Request) -> list[TokenLogprob] | None:
+    """Of every prompt token but the first, where asked for."""
+    count, prompt = request.params.prompt_logprobs, request.prompt_token_ids
+    if count is None:
+        return None
+    return [_score(prompt[: position + 1], count) for position in range(1, len(prompt))]
+
+
+def _score(tokens: list[int], count: int) -> TokenLogprob:
+    """Of the last of tokens."""
+    checksum = crc32(bytes(tokens))
+    top = range(count)
+    return TokenLogprob(
+        logprob=-(checksum % 89) / 100,
+        top_ids=[(checksum + index) % VOCAB for index in top],
+        top_logprobs=[-(checksum % 97) / 100 - index for index in top],
+    )
 
 
 def make_request(name: object, prompt: list[int], max_tokens: int, **fields) -> Request:
@@ -135,6 +155,8 @@ class SimulatedWorker:
         ]
         self.tokens: list[list[int]] = [[] for _ in range(max_num_seqs)]
         self.num_logprobs: list[int | None] = [None] * max_num_seqs
+        self.prompts: list[NewSequence | None] = [None] * max_num_seqs
+        self.max_scored = 0
         self.is_hit = [False] * max_num_seqs
         self.copies: list[Copies] = []
         self.cached_error = 0.0
@@ -148,6 +170,7 @@ class SimulatedWorker:
         for new in plan.new:
             self.tokens[new.slot] = list(new.token_ids)
             self.num_logprobs[new.slot] = new.params.logprobs
+            self.prompts[new.slot] = new
             for rank in self.ranks:
                 rank.tables[new.slot] = []
         slots = [row.slot for row in plan.rows]
@@ -170,7 +193,14 @@ class SimulatedWorker:
         logprobs = [self._logprobs(slot, sum_) for slot, sum_ in drawn]
         if not plan.rows:
             return None
-        return StepResult(step=plan.step, token_ids=sampled, logprobs=logprobs if any(logprobs) else [])
+        scored = [row for row in plan.rows if row.scored]
+        self.max_scored = max(self.max_scored, sum(row.count for row in scored))
+        return StepResult(
+            step=plan.step,
+            token_ids=sampled,
+            logprobs=logprobs if any(logprobs) else [],
+            prompt_logprobs=[self._prompt_logprobs(row) for row in scored],
+        )
 
     def copy(self, copies: Copies, failed: Collection[int] = ()) -> CopyResult:
         """One rank makes its copies, all but those that fail."""
@@ -190,6 +220,14 @@ class SimulatedWorker:
         for index, rank in enumerate(self.ranks):
             rank.spoil(kind, (target for _, target in pairs))
             self.copies.append(Copies(index, step, kind, list(pairs)))
+
+    def _prompt_logprobs(self, row: Row) -> list[TokenLogprob]:
+        """Of the prompt tokens after the row's positions, after its KV was found to be its own."""
+        new = self.prompts[row.slot]
+        end = min(row.start + row.count, new.num_prompt_tokens - 1)
+        assert row.start < end, "a scored row without a prompt token to score"
+        ends = range(row.start + 2, end + 2)
+        return [_score(new.token_ids[:last], new.params.prompt_logprobs) for last in ends]
 
     def _logprobs(self, slot: int, checksum: int) -> TokenLogprob | None:
         count = self.num_logprobs[slot]

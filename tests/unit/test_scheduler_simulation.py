@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated import VOCAB, SimulatedWorker, Tiers, expected_output, make_request
+from simulated import VOCAB, SimulatedWorker, Tiers, expected_output, expected_prompt_logprobs, make_request
 
 from ds_serve.cache.manager import CacheManager
 from ds_serve.engine import limits as limits_module
@@ -73,6 +73,7 @@ def any_requests(draw):
         own = draw(st.lists(TOKENS, min_size=1, max_size=24))
         prompt = (draw(st.sampled_from(prefixes)) if draw(st.booleans()) else []) + own
         max_tokens = draw(st.integers(1, 16))
+        cache_key = draw(st.sampled_from(["", "", "k", "l"]))
         requests.append(
             make_request(
                 index,
@@ -83,7 +84,8 @@ def any_requests(draw):
                 ignore_eos=draw(st.booleans()),
                 priority=draw(st.integers(0, 2)),
                 salt=draw(st.sampled_from(["", "b"])),
-                cache_key=draw(st.sampled_from(["", "", "k", "l"])),
+                cache_key=cache_key,
+                prompt_logprobs=None if cache_key else draw(st.sampled_from([None, None, 0, 2])),
                 cache_ttl=float(draw(st.integers(1, 200))),
                 pin=draw(st.sampled_from(["hint", "must"])),
             )
@@ -134,6 +136,7 @@ def workloads(draw, max_overtaken=4):
         prefill_s_per_token=draw(st.sampled_from([1.0, 0.1])),
         audit_share=draw(st.sampled_from([0.0, 0.0, 0.5, 1.0])),
         max_overtaken=max_overtaken,
+        max_scored_tokens=draw(st.sampled_from([256, 1, 5])),
     )
     some = st.tuples(st.sampled_from([1, 2, 9]), st.integers(0, 3))
     return Workload(
@@ -248,6 +251,7 @@ def test_every_request_ends_once_with_the_right_tokens_and_every_block_comes_bac
     scheduler, outputs = simulation.scheduler, simulation.outputs
 
     assert simulation.worker.max_step_tokens <= load.limits.max_num_batched_tokens
+    assert simulation.worker.max_scored <= load.limits.max_scored_tokens
     scheduler.cache.expire(inf)
     assert scheduler.cache.pool.num_free == load.num_blocks
     scheduler.check_integrity()
@@ -266,6 +270,8 @@ def test_every_request_ends_once_with_the_right_tokens_and_every_block_comes_bac
             assert is_too_long or (request.cache_key and request.pin == "must" and "pinned" in error)
         else:
             assert tokens == wanted
+            scores = [output.prompt_logprobs for output in outputs[request.id] if output.prompt_logprobs]
+            assert scores == list(filter(None, [expected_prompt_logprobs(request)]))
             assert (ends[0] == "stop") == (outputs[request.id][-1].stop_token_id is not None)
     reasons = Counter(output.finish_reason for all_ in outputs.values() for output in all_)
     stats, last = scheduler.stats(), [all_[-1] for all_ in outputs.values()]
