@@ -23,6 +23,8 @@ from ds_serve.server.errors import ApiError, from_validation
 from ds_serve.server.front import Front
 from ds_serve.server.protocol import MAX_CACHE_KEY_CHARS, CompletionBody
 from ds_serve.server.replies import ClientGone, json_reply
+from ds_serve.server.responses import responses
+from ds_serve.server.responses_protocol import ResponsesBody
 
 _STATS_TIMEOUT_S = 1.0
 _CLIENT_CLOSED = 499  # nobody reads it; it shows in access logs
@@ -63,6 +65,10 @@ def _add_openai_routes(app: FastAPI, front: Front) -> None:
     @app.post("/v1/chat/completions")
     async def create_chat_completion(body: ChatBody, http: Request) -> Response:
         return await chat_completions(front, body, http)
+
+    @app.post("/v1/responses")
+    async def create_response(body: ResponsesBody, http: Request) -> Response:
+        return await responses(front, body, http)
 
     @app.delete("/v1/cache/{prompt_cache_key:path}", status_code=204)
     async def release_cache_key(

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from fastapi import Request, Response
 
-from ds_serve.messages import TokenLogprob
 from ds_serve.server.chat_protocol import ChatBody
 from ds_serve.server.front import Front
 from ds_serve.server.generation import Delta
 from ds_serve.server.replies import reply
-from ds_serve.server.shapes import Envelope, finite, token_text
+from ds_serve.server.shapes import Envelope, logprob_entry
 
 
 async def chat_completions(front: Front, body: ChatBody, http: Request) -> Response:
@@ -51,12 +50,7 @@ class ChatShape(Envelope):
         if delta.logprobs is None:
             return None
         pairs = zip(delta.token_ids, delta.logprobs, strict=True)
-        return {"content": [self._entry(token, entry) for token, entry in pairs], "refusal": None}
-
-    def _entry(self, token_id: int, entry: TokenLogprob) -> dict:
-        top = zip(entry.top_ids, entry.top_logprobs, strict=True)
-        return self._token(token_id, entry.logprob) | {"top_logprobs": [self._token(*pair) for pair in top]}
-
-    def _token(self, token_id: int, logprob: float) -> dict:
-        data = self.codec.token_bytes(token_id)
-        return {"token": token_text(data), "logprob": finite(logprob), "bytes": list(data)}
+        return {
+            "content": [logprob_entry(self.codec, token, entry) for token, entry in pairs],
+            "refusal": None,
+        }

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 
 import msgspec
 
+from ds_serve.messages import TokenLogprob
 from ds_serve.server.errors import ApiError
 from ds_serve.server.front import Front
 from ds_serve.server.generation import Delta
 from ds_serve.server.protocol import ChoicesBody
+from ds_serve.text.codec import TextCodec
 
 _LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 
@@ -62,6 +64,18 @@ def event(payload: dict, name: str = "") -> bytes:
     """A server-sent event: the payload as JSON, after a line with its name if it has one."""
     head = f"event: {name}\n".encode() if name else b""
     return head + b"data: " + msgspec.json.encode(payload) + b"\n\n"
+
+
+def logprob_entry(codec: TextCodec, token_id: int, entry: TokenLogprob) -> dict:
+    """A chosen token's log-probability as chats and responses tell it, with the likeliest beside it."""
+    top = zip(entry.top_ids, entry.top_logprobs, strict=True)
+    alternatives = [_logprob(codec, *pair) for pair in top]
+    return _logprob(codec, token_id, entry.logprob) | {"top_logprobs": alternatives}
+
+
+def _logprob(codec: TextCodec, token_id: int, logprob: float) -> dict:
+    data = codec.token_bytes(token_id)
+    return {"token": token_text(data), "logprob": finite(logprob), "bytes": list(data)}
 
 
 def token_text(data: bytes) -> str:
