@@ -43,16 +43,23 @@ class Message(Body):
         return message | ({"name": self.name} if self.name is not None else {})
 
 
-class ChatBody(ChoicesBody):
-    """POST /v1/chat/completions."""
+class Turns(Body):
+    """A chat as its template gets it: what makes the prompt, and nothing else."""
 
     messages: list[Message] = Field(min_length=1)
+    chat_template_kwargs: dict[str, Any] = {}
+    add_generation_prompt: bool | None = Field(
+        None, description="opens the assistant's turn; default: unless continue_final_message"
+    )
+    continue_final_message: bool = False
+
+
+class ChatBody(Turns, ChoicesBody):
+    """POST /v1/chat/completions."""
+
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    chat_template_kwargs: dict[str, Any] = {}
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool = False
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatBody:

@@ -6,11 +6,12 @@ Knows no routes. run.py makes one; app.py hands it to every route.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-from ds_serve.server.chat_protocol import ChatBody
+from ds_serve.server.chat_protocol import ChatBody, Turns
 from ds_serve.server.client import EngineClient, EngineDeadError
 from ds_serve.server.errors import ApiError, refusing
 from ds_serve.server.generation import Prompt
@@ -18,6 +19,8 @@ from ds_serve.server.protocol import CompletionBody
 from ds_serve.server.sampling import check_prompt, sampling_params
 from ds_serve.text.codec import TextCodec
 from ds_serve.text.defaults import GenerationDefaults
+
+T = TypeVar("T")
 
 _INLINE_CHARS = 4096  # shorter texts are encoded in less time than a thread takes to answer
 
@@ -64,25 +67,31 @@ class Front:
 
     async def chat_prompt(self, body: ChatBody, client: EngineClient) -> Prompt:
         """The rendered chat with its parameters. Raises ApiError."""
+        token_ids = await self.encode_chat(body)
+        with refusing():
+            return self._prompt(body, client, token_ids, "messages")
+
+    async def encode_chat(self, turns: Turns) -> list[int]:
+        """The ids of a rendered chat. Raises ApiError."""
 
         def encode() -> list[int]:
             return self.codec.encode_chat(
-                [message.for_template() for message in body.messages],
-                add_generation_prompt=body.add_generation_prompt,
-                continue_final_message=body.continue_final_message,
-                **body.chat_template_kwargs,
+                [message.for_template() for message in turns.messages],
+                add_generation_prompt=turns.add_generation_prompt,
+                continue_final_message=turns.continue_final_message,
+                **turns.chat_template_kwargs,
             )
 
-        size = sum(len(message.for_template()["content"]) for message in body.messages)
+        size = sum(len(message.for_template()["content"]) for message in turns.messages)
         with refusing():
-            return self._prompt(body, client, await self._encode(encode, size), "messages")
+            return await self.encode(encode, size)
 
     async def completion_prompts(self, body: CompletionBody, client: EngineClient) -> list[Prompt]:
         """Each prompt with its parameters. Raises ApiError."""
         prompts = []
         for prompt in body.prompt:
             if isinstance(prompt, str):
-                prompt = await self._encode(lambda text=prompt: self.codec.encode(text), len(prompt))
+                prompt = await self.encode(lambda text=prompt: self.codec.encode(text), len(prompt))
             with refusing():
                 prompts.append(self._prompt(body, client, prompt, "prompt"))
         return prompts
@@ -93,7 +102,8 @@ class Front:
         check_prompt(token_ids, client.info, name)
         return Prompt(token_ids, sampling_params(body, self.defaults, client.info, len(token_ids)))
 
-    async def _encode(self, encode, num_chars: int) -> list[int]:
+    async def encode(self, encode: Callable[[], T], num_chars: int) -> T:
+        """What encode returns; a long text's off the event loop, one at a time."""
         if num_chars <= _INLINE_CHARS:
             return encode()
         return await asyncio.get_running_loop().run_in_executor(self._encoder, encode)
