@@ -25,6 +25,14 @@ from ds_serve.server.protocol import MAX_CACHE_KEY_CHARS, CompletionBody
 from ds_serve.server.replies import ClientGone, json_reply
 from ds_serve.server.responses import responses
 from ds_serve.server.responses_protocol import ResponsesBody
+from ds_serve.server.tokens import (
+    DetokenizeBody,
+    DetokenizeReply,
+    TokenizeBody,
+    TokenizeReply,
+    detokenize,
+    tokenize,
+)
 
 _STATS_TIMEOUT_S = 1.0
 _CLIENT_CLOSED = 499  # nobody reads it; it shows in access logs
@@ -93,6 +101,16 @@ def _add_service_routes(app: FastAPI, front: Front) -> None:
             stats = await asyncio.wait_for(client.stats(), _STATS_TIMEOUT_S)
         payload = {"status": "ok", "engine": msgspec.structs.asdict(client.info)}
         return json_reply(payload | {"stats": None if stats is None else msgspec.structs.asdict(stats)})
+
+    @app.post("/tokenize", response_model=TokenizeReply)
+    async def tokenize_prompt(body: TokenizeBody) -> Response:
+        """A prompt's or a chat's token ids."""
+        return await tokenize(front, body)
+
+    @app.post("/detokenize", response_model=DetokenizeReply)
+    async def detokenize_ids(body: DetokenizeBody) -> Response:
+        """The text of token ids."""
+        return await detokenize(front, body)
 
     @app.get("/version")
     async def show_version() -> Response:

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
+_NO_ID = 2**32  # the backend takes 32 bits
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -123,12 +124,22 @@ class TextCodec:
         """The text of token_ids, exactly as the backend decodes it (no clean-up of spaces)."""
         return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """How the vocabulary spells each id. Raises ValueError where one is not in it."""
+        pieces = []
+        for token_id in token_ids:
+            piece = self.backend.id_to_token(token_id) if 0 <= token_id < _NO_ID else None
+            if piece is None:
+                raise ValueError(f"tokens: id {token_id} is not in the tokenizer's vocabulary")
+            pieces.append(piece)
+        return pieces
+
     def token_bytes(self, token_id: int) -> bytes:
         """What one token stands for, its leading space and incomplete characters included."""
         piece = self.backend.id_to_token(token_id)
         if piece is None:  # a vocabulary padded beyond the tokenizer's
             return b""
-        if token_id in self._added_ids:
+        if token_id in self.added_tokens:
             return piece.encode()
         if self._is_byte_level:
             return _from_byte_level(piece)
@@ -140,6 +151,16 @@ class TextCodec:
         return bool(self.tokenizer.chat_template)
 
     @cached_property
+    def tools_template(self) -> str:
+        """The chat template for chats with tools; "" where the model has no chat template."""
+        return self.tokenizer.get_chat_template(tools=[]) if self.has_chat_template else ""
+
+    @cached_property
+    def added_tokens(self) -> dict[int, AddedToken]:
+        """By their ids, the tokens that stand for a text of their own beside the vocabulary's pieces."""
+        return self.backend.get_added_tokens_decoder()
+
+    @cached_property
     def vocab(self) -> dict[str, int]:
         """Every token's id, added tokens included."""
         return self.backend.get_vocab(with_added_tokens=True)
@@ -149,10 +170,6 @@ class TextCodec:
         """What template variables may not be named: it steers apply_chat_template itself."""
         parameters = inspect.signature(self.tokenizer.apply_chat_template).parameters
         return frozenset(parameters) - {"documents"}
-
-    @cached_property
-    def _added_ids(self) -> frozenset[int]:
-        return frozenset(self.backend.get_added_tokens_decoder())
 
     @cached_property
     def _is_byte_level(self) -> bool:
