@@ -6,7 +6,7 @@ field that is not here is refused; null is the same as absent.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -40,6 +40,49 @@ class Body(BaseModel):
 
 class StreamOptions(Body):
     include_usage: bool = False
+
+
+class JsonSchema(Body):
+    """A schema as OpenAI's clients send it. Output follows it, whatever strict says."""
+
+    schema_: dict[str, Any] | bool = Field(alias="schema")
+    name: Text = ""
+    description: Text = ""
+    strict: bool = True
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_it_belongs(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("must have json_schema where type is 'json_schema', and only there")
+        return self
+
+
+class StructuredOutputs(Body):
+    """vLLM's newer spelling of the guided_ fields: one of them."""
+
+    json_: dict[str, Any] | bool | Text | None = Field(None, alias="json")
+    regex: Text | None = None
+    choice: list[Text] | None = Field(None, min_length=1)
+    grammar: Text | None = None
+
+    @model_validator(mode="after")
+    def _is_one(self) -> StructuredOutputs:
+        if len(self.model_fields_set) != 1:
+            raise ValueError("must have one of json, regex, choice and grammar")
+        return self
+
+
+class Form(NamedTuple):
+    """What output must look like. name is the parameter that asked for it, kind a method of Grammars."""
+
+    name: str
+    kind: Literal["json_schema", "regex", "choice", "grammar"]
+    value: Any
 
 
 class GenerationBody(Body):
@@ -76,6 +119,16 @@ class GenerationBody(Body):
         300.0, ge=1, le=86400, description="seconds; only where prompt_cache_key is given"
     )
 
+    response_format: ResponseFormat | None = Field(
+        None,
+        description="json_object and json_schema: output is JSON as json.dumps writes it, that validates",
+    )
+    guided_json: dict[str, Any] | bool | Text | None = Field(None, description="a JSON schema, or its text")
+    guided_regex: Text | None = Field(None, description="matches the whole output; Rust's syntax")
+    guided_choice: list[Text] | None = Field(None, min_length=1, description="the output is one of these")
+    guided_grammar: Text | None = Field(None, description="in GBNF, or in llguidance's dialect of Lark")
+    structured_outputs: StructuredOutputs | None = None
+
     @field_validator("stop", mode="before")
     @classmethod
     def _stop_as_list(cls, value: Any) -> Any:
@@ -93,6 +146,36 @@ class GenerationBody(Body):
         if "prompt_cache_ttl" in self.model_fields_set and not self.prompt_cache_key:
             raise ValueError("prompt_cache_ttl: only where prompt_cache_key is given")
         return self
+
+    @model_validator(mode="after")
+    def _one_form(self) -> GenerationBody:
+        forms = self._forms()
+        if len(forms) > 1:
+            raise ValueError(f"{forms[1].name}: not beside {forms[0].name}; send one of them")
+        return self
+
+    @property
+    def form(self) -> Form | None:
+        """What output must look like, or None where it is free."""
+        return next(iter(self._forms()), None)
+
+    def _forms(self) -> list[Form]:
+        wanted, newer = self.response_format, self.structured_outputs or StructuredOutputs.model_construct()
+        schema = None
+        if wanted is not None and wanted.type != "text":
+            schema = wanted.json_schema.schema_ if wanted.json_schema else {"type": "object"}
+        forms = [
+            Form("response_format", "json_schema", schema),
+            Form("guided_json", "json_schema", self.guided_json),
+            Form("guided_regex", "regex", self.guided_regex),
+            Form("guided_choice", "choice", self.guided_choice),
+            Form("guided_grammar", "grammar", self.guided_grammar),
+            Form("structured_outputs", "json_schema", newer.json_),
+            Form("structured_outputs", "regex", newer.regex),
+            Form("structured_outputs", "choice", newer.choice),
+            Form("structured_outputs", "grammar", newer.grammar),
+        ]
+        return [form for form in forms if form.value is not None]
 
 
 class ChoicesBody(GenerationBody):
@@ -114,7 +197,9 @@ class CompletionBody(ChoicesBody):
 
     prompt: list[Text] | list[list[int]]
     logprobs: int | None = None
-    echo: Literal[False] = False
+    echo: bool = Field(
+        False, description="begin each text with its prompt; with logprobs also those of the prompt's tokens"
+    )
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -127,6 +212,24 @@ class CompletionBody(ChoicesBody):
             if all(isinstance(item, str) for item in value) or all(map(_are_ids, value)):
                 return value
         raise ValueError("must be a string, token ids, or a non-empty list of either")
+
+    @model_validator(mode="after")
+    def _echo_goes_with_the_rest(self) -> CompletionBody:
+        if self.without_output and not self.echo:
+            raise ValueError("max_tokens: must be at least 1 where echo is false")
+        if self.prompt_logprobs is not None and self.prompt_cache_key:
+            raise ValueError("prompt_cache_key: a prompt whose logprobs are asked for is not cached")
+        return self
+
+    @property
+    def without_output(self) -> bool:
+        """Whether the prompt alone is asked for."""
+        return self.max_tokens == 0
+
+    @property
+    def prompt_logprobs(self) -> int | None:
+        """Alternatives to report for each token of the prompt; None: nothing is asked for."""
+        return self.logprobs if self.echo else None
 
     @property
     def max_tokens_asked(self) -> int | None:

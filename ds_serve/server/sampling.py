@@ -18,7 +18,11 @@ COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
 
 
 def sampling_params(
-    body: ChatBody | CompletionBody, defaults: GenerationDefaults, info: EngineInfo, num_prompt_tokens: int
+    body: ChatBody | CompletionBody,
+    defaults: GenerationDefaults,
+    info: EngineInfo,
+    num_prompt_tokens: int,
+    grammar: str = "",
 ) -> SamplingParams:
     """The parameters of a prompt of num_prompt_tokens; a seed is drawn where none is given.
 
@@ -41,6 +45,8 @@ def sampling_params(
         eos_token_ids=defaults.eos_token_ids,
         ignore_eos=body.ignore_eos,
         logprobs=_logprobs(body),
+        grammar=grammar,
+        prompt_logprobs=body.prompt_logprobs if isinstance(body, CompletionBody) else None,
     )
 
 
@@ -62,6 +68,8 @@ def check_prompt(token_ids: list[int], info: EngineInfo, name: str) -> None:
 def _max_tokens(body: ChatBody | CompletionBody, info: EngineInfo, num_prompt_tokens: int) -> int:
     left = info.max_model_len - num_prompt_tokens
     asked = body.max_tokens_asked
+    if isinstance(body, CompletionBody) and body.without_output:
+        return 1  # it is computed, and not shown
     if asked is None:
         return min(COMPLETION_MAX_TOKENS, left) if isinstance(body, CompletionBody) else left
     if asked > left:

@@ -65,7 +65,9 @@ class Grammars:
         self._cache: OrderedDict[tuple[str, str], str] = OrderedDict()
 
     def json_schema(self, schema: Any, name: str = "response_format") -> str:
-        """JSON that validates against schema (an object or a boolean), in json.dumps' form."""
+        """JSON that validates against schema (an object, a boolean, or JSON text), in json.dumps' form."""
+        if isinstance(schema, str):
+            schema = _loads(schema, name)
         return self._once("json", _dumps(schema, name), name, lambda: _schema_grammar(schema, name))
 
     def json_object(self, name: str = "response_format") -> str:
@@ -199,6 +201,13 @@ def _checked_lark(text: str, name: str) -> str:
     if text.lstrip().startswith("{"):  # llguidance's own JSON form, which may hold anything
         raise _error(name, "must be a grammar in Lark or GBNF")
     return text
+
+
+def _loads(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _error(name, f"not the JSON text of a schema: {error}") from error
 
 
 def _dumps(schema: Any, name: str) -> str:
