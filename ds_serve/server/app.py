@@ -19,8 +19,10 @@ from ds_serve.server.chat import chat_completions
 from ds_serve.server.chat_protocol import ChatBody
 from ds_serve.server.client import EngineDeadError
 from ds_serve.server.completions import completions
+from ds_serve.server.engine_metrics import EngineScrape
 from ds_serve.server.errors import ApiError, from_validation
 from ds_serve.server.front import Front
+from ds_serve.server.observe import Observe
 from ds_serve.server.protocol import MAX_CACHE_KEY_CHARS, CompletionBody
 from ds_serve.server.replies import ClientGone, json_reply
 from ds_serve.server.responses import responses
@@ -43,6 +45,7 @@ def create_app(front: Front) -> FastAPI:
     _add_service_routes(app, front)
     _add_openai_routes(app, front)
     _add_error_handlers(app, front)
+    app.add_middleware(Observe, routes=app.routes, metrics=front.metrics, tracing=front.tracing)
     return app
 
 
@@ -111,6 +114,15 @@ def _add_service_routes(app: FastAPI, front: Front) -> None:
     async def detokenize_ids(body: DetokenizeBody) -> Response:
         """The text of token ids."""
         return await detokenize(front, body)
+
+    engine = EngineScrape(app.version)
+
+    @app.get("/metrics")
+    async def metrics(http: Request) -> Response:
+        """Prometheus' text, or OpenMetrics where asked for; 200 also while there is no engine."""
+        families = await engine.families(front.backend)
+        text, content_type = front.metrics.exposition(http.headers.get("accept", ""), families)
+        return Response(text, headers={"Content-Type": content_type})
 
     @app.get("/version")
     async def show_version() -> Response:

@@ -9,16 +9,20 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from ds_serve.server.chat_protocol import ChatBody, Turns
 from ds_serve.server.client import EngineClient, EngineDeadError
 from ds_serve.server.errors import ApiError, refusing
 from ds_serve.server.generation import Prompt
+from ds_serve.server.metrics import Metrics
 from ds_serve.server.protocol import CompletionBody
 from ds_serve.server.sampling import check_prompt, sampling_params
 from ds_serve.text.codec import TextCodec
 from ds_serve.text.defaults import GenerationDefaults
+
+if TYPE_CHECKING:
+    from ds_serve.server.tracing import Tracing
 
 T = TypeVar("T")
 
@@ -29,6 +33,7 @@ class Backend(Protocol):
     """Where the engine of the moment is found; Supervisor is one."""
 
     retry_after_s: int
+    num_restarts: int
 
     @property
     def client(self) -> EngineClient:
@@ -44,6 +49,8 @@ class Front:
     backend: Backend
     created: int
     codec: TextCodec | None = None
+    metrics: Metrics = field(default_factory=Metrics)
+    tracing: Tracing | None = None
     # One thread: the tokenizer must not be encoding twice at once.
     _encoder: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "encode"))
 

@@ -70,6 +70,7 @@ class Supervisor:
         self._reason = "the engine is starting"
         self.failure: str | None = None  # why it is gone for good: it failed, and is never started again
         self.retry_after_s = 5
+        self.num_restarts = 0
         self.given_up = asyncio.Event()
 
     @property
@@ -119,6 +120,7 @@ class Supervisor:
                     break
                 await self._pause(self._policy.delay_s(len(restarts)))
                 restarts.append(now)
+                self.num_restarts += 1
         finally:
             self.given_up.set()
             self._ready.set()

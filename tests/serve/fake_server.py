@@ -103,6 +103,7 @@ class Server:
 
 class Backend:
     retry_after_s = 7
+    num_restarts = 0
 
     def __init__(self, client):
         self._client = client
