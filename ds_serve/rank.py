@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import logging
 import os
 import shutil
@@ -22,6 +23,7 @@ from typing import NoReturn
 import psutil
 
 from ds_serve.cache.manager import CacheManager
+from ds_serve.collect import uncollected
 from ds_serve.config import Settings
 from ds_serve.engine.ipc import IpcPort
 from ds_serve.engine.limits import Limits
@@ -30,10 +32,12 @@ from ds_serve.engine.loop import EngineLoop
 from ds_serve.engine.scheduler import Scheduler
 from ds_serve.launch import check_world, ranks
 from ds_serve.messages import EngineFailure, EngineInfo
-from ds_serve.parallel.grid import Grid
 from ds_serve.parallel.place import Place
-from ds_serve.worker.cluster import Lead, build_worker, follow
-from ds_serve.worker.local import LocalRank
+
+with uncollected():  # torch, DeepSpeed and transformers
+    from ds_serve.parallel.grid import Grid
+    from ds_serve.worker.cluster import Lead, build_worker, follow
+    from ds_serve.worker.local import LocalRank
 
 __all__ = ["build_local_engine", "follow", "main"]
 
@@ -115,6 +119,7 @@ def main(folder: str = "", front_pid: str = "0") -> int:
 
     Returns the exit code; with several ranks it ends the process itself.
     """
+    gc.freeze()  # at the end too there is less to look through
     rank_env = ranks()
     _die_with_parent()
     if rank_env is not None and rank_env.rank > 0:
@@ -131,6 +136,7 @@ def main(folder: str = "", front_pid: str = "0") -> int:
         check_world(settings, rank_env)
         scheduler, rank, info = _build(settings)
         port.deliver([info])
+        gc.freeze()
         EngineLoop(scheduler, rank, port, port.deliver).run()
         code = 0
     except SystemExit:
