@@ -12,6 +12,8 @@ The front binds both sockets in a private folder; the engine connects. A frame i
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -43,6 +45,10 @@ class EngineDeadError(RuntimeError):
         self.reason = reason
 
 
+class RequestTimeout(Exception):
+    """The time that a caller gave its requests is over; they have been aborted."""
+
+
 class EngineClient:
     """Sends requests to the engine and hands each caller its own outputs. One event loop only.
 
@@ -61,6 +67,7 @@ class EngineClient:
         self._dead = asyncio.Event()
         self._reason = ""
         self.info: EngineInfo | None = None
+        self.last_token_at = -math.inf  # by time.monotonic()
 
     async def start(self) -> None:
         """Binds both sockets and listens. The engine may connect from now on."""
@@ -99,8 +106,14 @@ class EngineClient:
             async for _, output in outputs:
                 yield output
 
-    async def generate_all(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, Output]]:
-        """Outputs of several requests as they come, with the index of the request. As generate."""
+    async def generate_all(
+        self, requests: Sequence[Request], *, group: int = 1, timeout_s: float | None = None
+    ) -> AsyncIterator[tuple[int, Output]]:
+        """Outputs of several requests as they come, with the index of the request. As generate.
+
+        Of each group of so many requests the first goes out alone, and the others with its first output: they
+        have the prompt in common, and find it in the cache. Raises RequestTimeout after timeout_s seconds.
+        """
         self.check()
         ids = [request.id for request in requests]
         if len(set(ids)) < len(ids) or not self._inboxes.keys().isdisjoint(ids):
@@ -108,7 +121,9 @@ class EngineClient:
         news = asyncio.Event()
         inboxes = [_Inbox(news) for _ in requests]
         self._inboxes.update(zip(ids, inboxes, strict=True))
-        self._send(*requests)
+        self._send(*requests[::group])
+        heads = {*range(0, len(requests), group)} if group > 1 else set()
+        alarm = _Alarm(news, timeout_s)
         try:
             while not all(inbox.finished for inbox in inboxes):
                 await news.wait()
@@ -116,12 +131,20 @@ class EngineClient:
                 for index, inbox in enumerate(inboxes):
                     output = inbox.take()
                     if output is not None:
+                        if index in heads:
+                            heads.remove(index)
+                            self._send(*requests[index + 1 : index + group])
                         yield index, output
-                if self._dead.is_set() and not all(inbox.finished for inbox in inboxes):
+                if all(inbox.finished for inbox in inboxes):
+                    return
+                if self._dead.is_set():
                     raise EngineDeadError(self._reason)
+                if alarm.is_over:
+                    raise RequestTimeout
         finally:  # no await here: this also runs while the caller's task is being cancelled
-            for request_id, inbox in zip(ids, inboxes, strict=True):
-                if not inbox.finished:
+            alarm.cancel()
+            for index, (request_id, inbox) in enumerate(zip(ids, inboxes, strict=True)):
+                if not inbox.finished and (index % group == 0 or index - index % group not in heads):
                     self._abort(request_id)
                 self._inboxes.pop(request_id, None)
 
@@ -196,6 +219,8 @@ class EngineClient:
 
     def _take(self, message: EngineMessage) -> None:
         if isinstance(message, Output):
+            if message.token_ids:
+                self.last_token_at = time.monotonic()
             inbox = self._inboxes.get(message.id)
             if inbox is not None:  # else aborted: its last outputs may still be under way
                 inbox.put(message)
@@ -209,6 +234,24 @@ class EngineClient:
             self._ready.set()
         elif isinstance(message, EngineFailure):
             self.fail(message.reason)
+
+
+class _Alarm:
+    """Sets news once the time is over, if there is a limit."""
+
+    def __init__(self, news: asyncio.Event, timeout_s: float | None) -> None:
+        self._news, self._timer = news, None
+        self.is_over = False
+        if timeout_s is not None:
+            self._timer = asyncio.get_running_loop().call_later(timeout_s, self._ring)
+
+    def _ring(self) -> None:
+        self.is_over = True
+        self._news.set()
+
+    def cancel(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 class _Inbox:
@@ -246,6 +289,7 @@ def _merge(outputs: list[Output]) -> Output:
         outputs[-1],
         token_ids=[token for output in outputs for token in output.token_ids],
         logprobs=logprobs or None,
+        prompt_logprobs=outputs[0].prompt_logprobs,
         num_prompt_tokens=max(output.num_prompt_tokens for output in outputs),
         num_cached_tokens=max(output.num_cached_tokens for output in outputs),
         num_host_tokens=max(output.num_host_tokens for output in outputs),

@@ -11,7 +11,7 @@ from fastapi import Request, Response
 
 from ds_serve.messages import TokenLogprob
 from ds_serve.server.front import Front
-from ds_serve.server.generation import Delta
+from ds_serve.server.generation import Delta, Prompt
 from ds_serve.server.protocol import CompletionBody
 from ds_serve.server.replies import reply
 from ds_serve.server.shapes import Envelope, finite, token_text
@@ -21,22 +21,35 @@ async def completions(front: Front, body: CompletionBody, http: Request) -> Resp
     """Raises ApiError, EngineDeadError (a 503) and ClientGone."""
     client = front.client
     front.check_model(body.model)
-    shape = CompletionShape(front, body)
     prompts = await front.completion_prompts(body, client)
-    return await reply(http, body, client, shape, prompts)
+    return await reply(http, body, client, CompletionShape(front, body, prompts), prompts)
 
 
 class CompletionShape(Envelope):
-    def __init__(self, front: Front, body: CompletionBody) -> None:
-        super().__init__(front, body, "cmpl", "text_completion", "text_completion")
-        self._offsets: defaultdict[int, int] = defaultdict(int)  # of each choice's next token, in characters
+    """With echo, the first piece of each choice begins with its prompt."""
 
-    def choice(self, whole: Delta) -> dict:
+    def __init__(self, front: Front, body: CompletionBody, prompts: list[Prompt]) -> None:
+        super().__init__(front, body, "cmpl", "text_completion", "text_completion")
+        self._body, self._prompts = body, prompts
+        self._offsets: defaultdict[int, int] = defaultdict(int)  # of each choice's next token, in characters
+        self._to_echo = set(range(len(prompts) * body.n)) if body.echo else set()
+        self._prompt_logprobs: dict[int, list[TokenLogprob]] = {}  # by prompt: its first choice brings them
+
+    def choice(self, delta: Delta) -> dict:
+        text, token_ids, logprobs = delta.text, delta.token_ids, delta.logprobs
+        if delta.index in self._to_echo:
+            self._to_echo.remove(delta.index)
+            which = delta.index // self._body.n
+            text = self._prompt_text(which) + text
+            if self._body.prompt_logprobs is not None:
+                of_prompt = self._prompt_logprobs.setdefault(which, delta.prompt_logprobs or [])
+                token_ids = self._prompts[which].token_ids + token_ids
+                logprobs = [None, *of_prompt, *(logprobs or [])]
         return {
-            "index": whole.index,
-            "text": whole.text,
-            "logprobs": self._logprobs(whole),
-            "finish_reason": whole.finish_reason,
+            "index": delta.index,
+            "text": text,
+            "logprobs": None if logprobs is None else self._logprobs(delta.index, token_ids, logprobs),
+            "finish_reason": delta.finish_reason,
         }
 
     def opening(self, index: int) -> None:
@@ -44,18 +57,21 @@ class CompletionShape(Envelope):
 
     chunk = choice
 
-    def _logprobs(self, delta: Delta) -> dict | None:
-        if delta.logprobs is None:
-            return None
-        tokens = [token_text(self.codec.token_bytes(token)) for token in delta.token_ids]
+    def _prompt_text(self, which: int) -> str:
+        prompt = self._body.prompt[which]
+        return prompt if isinstance(prompt, str) else self.codec.decode(prompt, skip_special_tokens=False)
+
+    def _logprobs(self, index: int, token_ids: list[int], logprobs: list[TokenLogprob | None]) -> dict:
+        """A prompt's first token follows nothing, and has none."""
+        tokens = [token_text(self.codec.token_bytes(token)) for token in token_ids]
         offsets = []
         for token in tokens:
-            offsets.append(self._offsets[delta.index])
-            self._offsets[delta.index] += len(token)
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(token)
         return {
             "tokens": tokens,
-            "token_logprobs": [finite(entry.logprob) for entry in delta.logprobs],
-            "top_logprobs": [self._top(entry) for entry in delta.logprobs],
+            "token_logprobs": [None if entry is None else finite(entry.logprob) for entry in logprobs],
+            "top_logprobs": [None if entry is None else self._top(entry) for entry in logprobs],
             "text_offset": offsets,
         }
 

@@ -18,7 +18,7 @@ from fastapi.responses import StreamingResponse
 from ds_serve.server.client import EngineClient, EngineDeadError
 from ds_serve.server.errors import ApiError
 from ds_serve.server.generation import Delta, Generation, Prompt
-from ds_serve.server.protocol import ChoicesBody
+from ds_serve.server.protocol import ChoicesBody, CompletionBody
 from ds_serve.text.codec import TextCodec
 
 T = TypeVar("T")
@@ -83,12 +83,15 @@ async def reply(
         shape.codec,
         shape.id,
         prompts,
+        watch=http.state.call.watch(),
         n=body.n,
         stop=body.stop,
         salt=body.cache_salt,
         priority=body.priority,
         cache_key=body.prompt_cache_key,
         cache_ttl=body.prompt_cache_ttl,
+        without_output=isinstance(body, CompletionBody) and body.without_output,
+        timeout_s=getattr(http.state, "timeout_s", None),
     )
     if not body.stream:
         whole = await _unless_gone(http, generation.collect())
@@ -107,7 +110,7 @@ async def _events(
         delta: Delta | None = first
         try:
             while delta is not None:
-                if delta.text or delta.logprobs or delta.finish_reason is not None:
+                if delta.text or delta.logprobs or delta.prompt_logprobs or delta.finish_reason is not None:
                     for event in shape.piece(delta):
                         yield event
                 delta = await anext(deltas, None)

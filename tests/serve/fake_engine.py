@@ -138,12 +138,24 @@ def outputs(request: Request, token_ids: list[int]) -> list[Output]:
                 logprobs=logprobs,
                 finish_reason=None if not last else "stop" if ended else "length",
                 stop_token_id=token if last and ended else None,
+                prompt_logprobs=_prompt_logprobs(request) if index == 0 else None,
                 num_prompt_tokens=len(request.prompt_token_ids),
                 num_cached_tokens=2,
                 num_host_tokens=1,
             )
         )
     return result
+
+
+def _prompt_logprobs(request: Request) -> list[TokenLogprob] | None:
+    """The n-th token's is -n, and the likeliest other is token 5."""
+    count = request.params.prompt_logprobs
+    if count is None:
+        return None
+    return [
+        TokenLogprob(logprob=-float(n), top_ids=[5][:count], top_logprobs=[-0.25][:count])
+        for n in range(1, len(request.prompt_token_ids))
+    ]
 
 
 def main(folder: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from fake_engine import INFO, FakeEngine
 
 from ds_serve.messages import Request, SamplingParams
-from ds_serve.server.client import EngineClient, EngineDeadError
+from ds_serve.server.client import EngineClient, EngineDeadError, RequestTimeout
 
 TOKENS = [10, 11, 12, 13]
 
@@ -145,3 +145,45 @@ def test_stats_in_flight_end_with_the_engine(tmp_path):
         await client.close()
 
     asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_others_of_a_group_follow_the_firsts_first_output(tmp_path):
+    async def test(client, engine):
+        requests = [request(f"r{i}", max_tokens=3) for i in range(6)]
+        ends = []
+        async for index, output in client.generate_all(requests, group=3):
+            if output.finish_reason:
+                ends.append(index)
+        assert sorted(ends) == list(range(6))
+        assert [each.id for each in engine.requests[:2]] == ["r0", "r3"]
+
+    with_engine(test, tmp_path)
+
+
+def test_who_was_not_sent_yet_is_not_aborted(tmp_path):
+    async def test(client, engine):
+        engine.hold.set()
+        outputs = client.generate_all([request(f"r{i}") for i in range(4)], group=2)
+        task = asyncio.ensure_future(anext(outputs))
+        await until(lambda: len(engine.requests) == 2)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        engine.hold.clear()
+        await until(lambda: len(engine.aborted) == 2)
+        assert sorted(engine.aborted) == ["r0", "r2"]
+
+    with_engine(test, tmp_path)
+
+
+def test_time_over_aborts(tmp_path):
+    async def test(client, engine):
+        engine.hold.set()
+        with pytest.raises(RequestTimeout):
+            async for _ in client.generate_all([request("slow")], timeout_s=0.05):
+                raise AssertionError("an output while the engine holds")
+        await until(lambda: engine.aborted == ["slow"])
+        engine.hold.clear()
+        outputs = [output async for _, output in client.generate_all([request("fast")], timeout_s=30)]
+        assert outputs[-1].finish_reason == "stop"
+
+    with_engine(test, tmp_path)

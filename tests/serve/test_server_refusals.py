@@ -48,7 +48,7 @@ def test_bad_chat_is_a_400_that_names_the_field(server, body, param, words):
 @pytest.mark.parametrize(
     "body, param",
     [
-        ({"prompt": "x", "echo": True}, "echo"),
+        ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
         ({"prompt": "x", "suffix": "y"}, "suffix"),
         ({"prompt": []}, "prompt"),
         ({"prompt": [[]]}, "prompt"),
