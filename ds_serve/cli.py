@@ -1,4 +1,4 @@
-"""The command line: ds-serve serve | generate.
+"""The command line: ds-serve serve | generate | bench.
 
 Turns flags into Settings (every setting is a flag), and starts the server or the pipeline; where these need
 several ranks and no launcher has started them, the launcher first. Heavy imports happen only in the command
@@ -21,6 +21,7 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from ds_serve import launch
+from ds_serve.bench import arguments as bench_arguments
 from ds_serve.config import SECRETS, Settings
 
 DEMO = "demo"
@@ -62,6 +63,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_generation(generate)
     launch.add_arguments(generate)
     generate.set_defaults(command=_generate)
+    bench = commands.add_parser(
+        "bench", help="a load test of any OpenAI-compatible URL", description=bench_arguments.DESCRIPTION
+    )
+    bench_arguments.add_arguments(bench)
+    bench.set_defaults(command=_bench)
     return parser
 
 
@@ -95,7 +101,7 @@ def _refuse_flags(group, name: str) -> None:
 
     class Refuse(argparse.Action):
         def __call__(self, parser, namespace, values, option_string=None):
-            file = " or into the file of --api-key-file" if name == "api_keys" else ""
+            file = ", or into the file of --api-key-file" if name == "api_keys" else ""
             parser.exit(
                 2,
                 f"{parser.prog}: {option_string}: others on this machine can read a command line (ps): "
@@ -165,6 +171,13 @@ def _serve(args: dict) -> int:
         return launch.run(launch.several(settings, options, launch.RANK_MODULE, []))
     start = functools.partial(launch.several, settings, options, launch.RANK_MODULE)
     return serve(settings, start, once if options.no_ssh else None)
+
+
+def _bench(args: dict) -> int:
+    from ds_serve.bench.run import run
+
+    args.pop("local_rank")
+    return run(args)
 
 
 class _Job(NamedTuple):
