@@ -123,9 +123,13 @@ def _listen(host: str, port: int) -> socket.socket:
     """A bound socket; port 0 takes a free one. Raises OSError naming host and port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise OSError(f"cannot listen on {host}:{port}: {error}") from error
+    # Connections inherit it. asyncio sets it itself only where the socket says that it is TCP, as this does not:
+    # then the body, sent after its headers, waits for the client's delayed acknowledgement of them, 40 ms.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def _greeting(name: str, info: EngineInfo, front_socket: socket.socket) -> str:
