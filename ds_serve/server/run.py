@@ -126,8 +126,8 @@ def _listen(host: str, port: int) -> socket.socket:
         listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise OSError(f"cannot listen on {host}:{port}: {error}") from error
-    # Connections inherit it. asyncio sets it itself only where the socket says that it is TCP, as this does not:
-    # then the body, sent after its headers, waits for the client's delayed acknowledgement of them, 40 ms.
+    # Connections inherit it. asyncio sets it only where the socket names its protocol, which this does not.
+    # Without it a body, sent after its headers, waits for the client's delayed acknowledgement of them, 40 ms.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
