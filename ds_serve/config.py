@@ -75,6 +75,9 @@ class Settings(BaseSettings):
     model: str = Field(description="directory of a Hugging Face causal LM (safetensors)")
     served_model_name: str | None = Field(None, description="name in the API; default: the directory's name")
     trust_remote_code: bool = Field(False, description="run Python code that the model directory brings")
+    tool_format: Literal["auto", "hermes", "mistral", "llama"] = Field(
+        "auto", description="how the model writes calls of tools; auto: as its chat template does"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: as the checkpoint says"
     )
@@ -213,6 +216,11 @@ class Settings(BaseSettings):
     def world_size(self) -> int:
         """Ranks: tensor_parallel x pipeline_parallel."""
         return self.tensor_parallel * self.pipeline_parallel
+
+    @property
+    def open_requests_limit(self) -> int:
+        """HTTP requests that the front holds at most: by default as many as the engine takes sequences."""
+        return self.max_open_requests or self.max_num_seqs + self.max_queue
 
     @property
     def name(self) -> str:

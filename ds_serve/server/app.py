@@ -15,6 +15,8 @@ from fastapi import FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+from ds_serve.config import Settings
+from ds_serve.server.accesslog import CLIENT_CLOSED
 from ds_serve.server.chat import chat_completions
 from ds_serve.server.chat_protocol import ChatBody
 from ds_serve.server.client import EngineDeadError
@@ -22,8 +24,11 @@ from ds_serve.server.completions import completions
 from ds_serve.server.engine_metrics import EngineScrape
 from ds_serve.server.errors import ApiError, from_validation
 from ds_serve.server.front import Front
+from ds_serve.server.gate import add_gate
+from ds_serve.server.keys import KeyRing
 from ds_serve.server.observe import Observe
 from ds_serve.server.protocol import MAX_CACHE_KEY_CHARS, CompletionBody
+from ds_serve.server.ready import Readiness
 from ds_serve.server.replies import ClientGone, json_reply
 from ds_serve.server.responses import responses
 from ds_serve.server.responses_protocol import ResponsesBody
@@ -37,14 +42,16 @@ from ds_serve.server.tokens import (
 )
 
 _STATS_TIMEOUT_S = 1.0
-_CLIENT_CLOSED = 499  # nobody reads it; it shows in access logs
 
 
-def create_app(front: Front) -> FastAPI:
+def create_app(front: Front, settings: Settings | None = None, keys: KeyRing | None = None) -> FastAPI:
+    """The routes; with settings behind the gate, which asks for one of the keys, if there are any."""
     app = FastAPI(title="ds_serve", version=_version())
     _add_service_routes(app, front)
     _add_openai_routes(app, front)
     _add_error_handlers(app, front)
+    if settings is not None:
+        add_gate(app, front.door, settings, keys or KeyRing())
     app.add_middleware(Observe, routes=app.routes, metrics=front.metrics, tracing=front.tracing)
     return app
 
@@ -124,6 +131,14 @@ def _add_service_routes(app: FastAPI, front: Front) -> None:
         text, content_type = front.metrics.exposition(http.headers.get("accept", ""), families)
         return Response(text, headers={"Content-Type": content_type})
 
+    readiness = Readiness(front)
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """200 where a token has just been produced, or is for a probe; 503 with the reason anywhere else."""
+        await readiness.check()
+        return json_reply({"status": "ready"})
+
     @app.get("/version")
     async def show_version() -> Response:
         return json_reply({"version": app.version})
@@ -145,11 +160,12 @@ def _add_error_handlers(app: FastAPI, front: Front) -> None:
 
     @app.exception_handler(ClientGone)
     async def client_gone(_: Request, error: ClientGone) -> Response:
-        return Response(status_code=_CLIENT_CLOSED)
+        return Response(status_code=CLIENT_CLOSED)
 
     @app.exception_handler(HTTPException)
     async def no_route(http: Request, error: HTTPException) -> Response:
-        return ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}").response()
+        message = f"{http.method} {http.url.path}: {error.detail}"
+        return ApiError(error.status_code, message, headers=error.headers).response()
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:

@@ -6,7 +6,7 @@ Knows HTTP statuses; raised and handled in the routes (app.py).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ _TYPES = {400: "invalid_request_error", 404: "invalid_request_error", 429: "rate
 
 
 class ApiError(Exception):
-    """A refusal or failure that the client is told of: status, message, param, code."""
+    """A refusal or failure that the client is told of: status, message, param, code, and headers beside."""
 
     def __init__(
         self,
@@ -29,10 +29,13 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after_s: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.retry_after_s = retry_after_s
+        self.headers = dict(headers or {})
+        if retry_after_s is not None:
+            self.headers["Retry-After"] = str(retry_after_s)
         self.body = {
             "error": {
                 "message": message,
@@ -43,10 +46,14 @@ class ApiError(Exception):
         }
 
     def response(self) -> Response:
-        headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
         return Response(
-            msgspec.json.encode(self.body), self.status, headers=headers, media_type="application/json"
+            msgspec.json.encode(self.body), self.status, headers=self.headers, media_type="application/json"
         )
+
+
+def timed_out(seconds: float) -> ApiError:
+    """504: the answer was not ready within the time that the server or the client allows."""
+    return ApiError(504, f"the answer took longer than {seconds:g} s", code="timeout")
 
 
 @contextmanager
@@ -68,7 +75,8 @@ def from_value_error(error: ValueError) -> ApiError:
 def from_validation(errors: Sequence[dict[str, Any]]) -> ApiError:
     """400 from FastAPI's list of what is wrong: the first of it, with its path in the body."""
     first = errors[0]
-    path = [str(part) for part in first["loc"][1:]]  # after the place: body, path or query
+    # After the place (body, path or query), and without the names of a union's members.
+    path = [str(part) for part in first["loc"][1:] if not str(part).startswith("<")]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first['ctx']['error']}")
     if not path and first["type"] == "value_error":

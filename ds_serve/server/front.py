@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from ds_serve.server.chat_protocol import ChatBody, Turns
 from ds_serve.server.client import EngineClient, EngineDeadError
 from ds_serve.server.errors import ApiError, refusing
+from ds_serve.server.gate import Door
 from ds_serve.server.generation import Prompt
 from ds_serve.server.metrics import Metrics
 from ds_serve.server.protocol import CompletionBody
@@ -49,6 +50,7 @@ class Front:
     backend: Backend
     created: int
     codec: TextCodec | None = None
+    door: Door = field(default_factory=Door)
     metrics: Metrics = field(default_factory=Metrics)
     tracing: Tracing | None = None
     # One thread: the tokenizer must not be encoding twice at once.

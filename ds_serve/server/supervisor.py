@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections import deque
@@ -63,6 +64,7 @@ class Supervisor:
         self._ranks = ranks
         self._policy = policy or RestartPolicy()
         self._grace_s = grace_s
+        self._group: int | None = None  # the process group of the engine of the moment
         self._stopping = asyncio.Event()
         self._ready = asyncio.Event()  # ready, or given up
         self._client: EngineClient | None = None
@@ -99,6 +101,14 @@ class Supervisor:
         """Ends the engine: asks it to, then SIGTERM to its group, then SIGKILL, each after the grace."""
         self._stopping.set()
         await self._task
+
+    def kill(self) -> None:
+        """Ends the engine by SIGKILL, also one that stop() is waiting for. stop() is still to be awaited."""
+        self._stopping.set()
+        self._grace_s = 0.0
+        if self._group is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._group, signal.SIGKILL)
 
     async def _run(self) -> None:
         restarts: deque[float] = deque()
@@ -139,11 +149,13 @@ class Supervisor:
             await client.start()
             try:
                 process = await self._spawn(folder)
+                self._group = process.pid
                 try:
                     reason = await self._watch(process, client)
                     failed = not self._stopping.is_set()
                 finally:
                     await self._end(process, client)
+                    self._group = None
                 if failed and not self._policy.max_restarts:
                     self.failure = reason
                 log.log(logging.ERROR if failed else logging.INFO, "engine: %s", reason)

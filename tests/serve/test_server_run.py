@@ -18,18 +18,18 @@ from transformers import PreTrainedTokenizerFast
 
 REPOSITORY = Path(fake_engine.__file__).parents[2]
 
-# argv: fake_engine.py, model folder, port, the fake's settings. The settings object is a stand-in, so that
-# settings.json holds what the fake reads.
+# argv: fake_engine.py, model folder, port, the fake's settings, which settings.json holds in place of ours.
 PROGRAM = """
-import os, sys, types
+import os, sys
+from ds_serve.config import Settings
 from ds_serve.launch import Launch
 from ds_serve.server import run
 from ds_serve.server.supervisor import RestartPolicy
 fake, model, port, fake_settings = sys.argv[1:]
-settings = types.SimpleNamespace(
-    model=model, name="tiny", host="127.0.0.1", port=int(port), trust_remote_code=False, log_level="info",
-    world_size=1, model_dump_json=lambda: fake_settings,
-)
+class FakeSettings(Settings):
+    def model_dump_json(self):
+        return fake_settings
+settings = FakeSettings(model=model, served_model_name="tiny", port=int(port))
 start = lambda arguments: Launch([sys.executable, fake, *arguments], dict(os.environ))
 sys.exit(run.serve(settings, start, RestartPolicy(max_restarts=0)))
 """
