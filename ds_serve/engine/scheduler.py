@@ -32,6 +32,7 @@ from ds_serve.engine.planner import Planner
 from ds_serve.engine.sequence import Sequence
 from ds_serve.messages import (
     INVALID_TOKEN,
+    NO_TOKEN_FITS,
     CopyResult,
     Output,
     Request,
@@ -40,6 +41,11 @@ from ds_serve.messages import (
     StepResult,
     TokenLogprob,
 )
+
+_FAILED = {
+    INVALID_TOKEN: "the model gave logits that are not finite",
+    NO_TOKEN_FITS: "no token fits the grammar that its output must follow, or it has become too complex",
+}
 
 
 class Scheduler:
@@ -152,8 +158,8 @@ class Scheduler:
             return None
         sequence.num_computed += part.count
         sequence.prompt_logprobs += scores
-        if sampled is not None and sampled[0] == INVALID_TOKEN:
-            return self.books.finish(sequence, "error", error="the model gave logits that are not finite")
+        if sampled is not None and sampled[0] in _FAILED:
+            return self.books.finish(sequence, "error", error=_FAILED[sampled[0]])
         if sampled is not None:
             sequence.token_ids.append(sampled[0])
             sequence.num_pending -= 1

@@ -23,6 +23,7 @@ from ds_serve.text.codec import rust_tokenizer
 
 MAX_CACHED = 256  # grammars whose check is remembered
 _MAX_MESSAGE_CHARS = 400
+_UNUSED_END = "<|ds_serve end|>"
 
 # As json.dumps writes it, and no other white space: a small model at a high temperature would write blanks
 # for ever.
@@ -144,8 +145,10 @@ def _make_tokenizer(tokenizer: Any, vocab_size: int) -> LLTokenizer:
     backend = copy(rust_tokenizer(tokenizer))
     backend.no_padding()
     backend.no_truncation()
-    size = max(vocab_size, backend.get_vocab_size(with_added_tokens=True))
-    return LLTokenizer(backend.to_str(), n_vocab=size, eos_token=getattr(tokenizer, "eos_token_id", None))
+    # An end token of no request's, so that a grammar may spell the model's own: as in worker/constraint.py.
+    backend.add_special_tokens([_UNUSED_END])
+    end = backend.token_to_id(_UNUSED_END)
+    return LLTokenizer(backend.to_str(), n_vocab=max(vocab_size, end + 1), eos_token=end)
 
 
 def _schema_grammar(schema: Any, name: str) -> str:

@@ -146,6 +146,18 @@ def true_entries(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return rows, flat - rows * mask.shape[1]
 
 
+def unset_bits(words: np.ndarray, size: int, device: torch.device) -> torch.Tensor:
+    """bool [G, size] on the device: where bit t % 32 of word t // 32 of words, uint32 [G, W], is 0."""
+    words = np.invert(words)
+    if device.type == "cpu":
+        bits = np.unpackbits(words.astype("<u4", copy=False).view(np.uint8), 1, size, "little")
+        return torch.from_numpy(bits.view(np.bool_))
+    bits = torch.from_numpy(words.view(np.int32)).to(device)[:, :, None]
+    return (
+        bits.bitwise_right_shift(torch.arange(32, device=device)).bitwise_and(1).bool().flatten(1)[:, :size]
+    )
+
+
 def pick(distance: torch.Tensor, uniform: torch.Tensor, least: torch.Tensor | None = None) -> torch.Tensor:
     """int64 [R]: the token at the point uniform [R] of the weights [of those above least [R, 1]].
 

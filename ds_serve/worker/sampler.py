@@ -1,12 +1,14 @@
 """Chooses each row's next token from its logits, for a whole batch at once.
 
 Knows slots, logits and SamplingParams; knows no text, no blocks and no model. The worker of the
-last stage calls it: `admit` when a sequence takes a slot, `sample` once a step, `append` after it.
+last stage calls it: `admit` when a sequence takes a slot, `begin` before a step's forward pass, `sample`
+behind it, `append` after that.
 
 The order is transformers' own (GenerationMixin._get_logits_processor): logit bias, repetition
 penalty, end tokens masked before min_tokens, temperature, top-k, top-p, min-p. Presence and
-frequency penalties, which transformers has not, follow the repetition penalty, by OpenAI's formula.
-Log-probabilities are of the raw logits, before all of these.
+frequency penalties, which transformers has not, follow the repetition penalty, by OpenAI's formula, and what
+a grammar forbids (constraint.py) is masked before the temperature. Log-probabilities are of the raw logits,
+before all of these.
 
 The arithmetic of a draw is in draw.py: a row's token depends on nothing but its seed, its position
 and its logits.
@@ -20,7 +22,8 @@ from itertools import islice
 import numpy as np
 import torch
 
-from ds_serve.messages import INVALID_TOKEN, SamplingParams, TokenLogprob
+from ds_serve.messages import INVALID_TOKEN, NO_TOKEN_FITS, SamplingParams, TokenLogprob
+from ds_serve.worker.constraint import Constraints
 from ds_serve.worker.draw import (
     NUCLEUS_CANDIDATES,
     Filter,
@@ -30,6 +33,7 @@ from ds_serve.worker.draw import (
     pick_above,
     true_entries,
     uniforms,
+    unset_bits,
 )
 
 MIN_TEMPERATURE = 1e-30  # below it float32 would divide by zero; by then the draw is greedy anyway
@@ -40,13 +44,15 @@ MAX_PLANS = 32
 class SampleOutput:
     """One sampled token a row, on the logits' device; to_host waits for it.
 
-    token_ids int64 [R] (0 where a row is not valid), valid bool [R]. Of the L rows that asked for
+    token_ids int64 [R] (0 where a row is not valid), valid bool [R], and which of the others a grammar leaves
+    nothing to (None: it is none of them) bool [R]. Of the L rows that asked for
     log-probabilities: logprob_rows gives (row, number of alternatives), chosen float [L],
     top_ids int64 and top_logprobs float [L, N] with N the largest number asked for.
     """
 
     token_ids: torch.Tensor
     valid: torch.Tensor
+    stuck: torch.Tensor | None = None
     logprob_rows: tuple[tuple[int, int], ...] = ()
     chosen: torch.Tensor | None = None
     top_ids: torch.Tensor | None = None
@@ -55,9 +61,13 @@ class SampleOutput:
     def to_host(self) -> tuple[list[int], list[TokenLogprob | None]]:
         """Token ids, and beside them log-probabilities (an empty list where no row asked for any).
 
-        The id is INVALID_TOKEN where a row's largest logit is NaN or infinite.
+        The id is INVALID_TOKEN where a row's largest logit is NaN or infinite, NO_TOKEN_FITS where a grammar
+        has forbidden all that are not.
         """
-        token_ids = torch.where(self.valid, self.token_ids, INVALID_TOKEN).tolist()
+        tokens = torch.where(self.valid, self.token_ids, INVALID_TOKEN)
+        if self.stuck is not None:
+            tokens = tokens.masked_fill(self.stuck, NO_TOKEN_FITS)
+        token_ids = tokens.tolist()
         if not self.logprob_rows:
             return token_ids, []
         logprobs: list[TokenLogprob | None] = [None] * len(token_ids)
@@ -94,23 +104,32 @@ class _Plan:
     unfiltered: torch.Tensor | None
     logprob_rows: tuple[tuple[int, int], ...]
     logprob_index: torch.Tensor | None
+    grammars: tuple[torch.Tensor, torch.Tensor] | None  # rows that have one, and the same as bool [R]
 
     @property
     def edits_logits(self) -> bool:
-        return self.bias is not None or self.penalty is not None or self.ends is not None
+        return any(edit is not None for edit in (self.bias, self.penalty, self.ends, self.grammars))
 
 
 class Sampler:
     """Sampling state of `max_slots` slots, and the vectorised step over any list of them.
 
     Logits may be wider than `vocab_size` (a vocabulary padded for sharding): the rest is cut.
-    Raises ValueError naming the parameter where a slot or a biased token id does not exist.
+    Raises ValueError naming the parameter where a slot or a biased token id does not exist, or where a
+    sequence has a grammar and there are no constraints.
     """
 
-    def __init__(self, max_slots: int, vocab_size: int, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        max_slots: int,
+        vocab_size: int,
+        device: torch.device | str = "cpu",
+        constraints: Constraints | None = None,
+    ):
         self.max_slots = max_slots
         self.vocab_size = vocab_size
         self.device = torch.device(device)
+        self._constraints = constraints
         self._slots: dict[int, _Slot] = {}
         self._plans: dict[tuple[int, ...], _Plan] = {}
         self._free_table_rows: list[int] = []
@@ -135,7 +154,11 @@ class Sampler:
             raise ValueError(
                 f"logit_bias: token ids {outside} are outside the vocabulary of {self.vocab_size}"
             )
+        if params.grammar and self._constraints is None:
+            raise ValueError("grammar: this sampler has no constraints")
         self.release(slot)
+        if params.grammar:
+            self._constraints.admit(slot, params, token_ids[num_prompt_tokens:])
         table_row = None
         if params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty:
             table_row = self._take_table_row(token_ids, num_prompt_tokens)
@@ -143,14 +166,23 @@ class Sampler:
 
     def release(self, slot: int) -> None:
         """Forgets a slot. admit does so by itself; calling this earlier frees the penalty tables' row."""
+        if self._constraints is not None:
+            self._constraints.release(slot)
         old = self._slots.pop(slot, None)
         if old is not None and old.table_row is not None:
             self._free_table_rows.append(old.table_row)
         self._plans.clear()
 
+    def close(self) -> None:
+        """Ends the constraints' thread. May be called twice."""
+        if self._constraints is not None:
+            self._constraints.close()
+
     def append(self, slots: list[int], token_ids: torch.Tensor | list[int]) -> None:
-        """Counts one output token a slot, where a penalty will ask for it."""
+        """Counts one output token a slot, where a penalty or a grammar will ask for it."""
         plan = self._plan(slots)
+        if plan.grammars is not None:
+            self._constraints.append(slots, token_ids)
         if plan.penalty is None:
             return
         rows, table_rows = plan.penalty[:2]
@@ -183,6 +215,11 @@ class Sampler:
 
     # -- the step ------------------------------------------------------------------------------
 
+    def begin(self, slots: list[int]) -> None:
+        """Starts what needs no logits yet. May be left out where none of the slots has a grammar."""
+        if self._constraints is not None:
+            self._constraints.begin(slots)
+
     def sample(self, logits: torch.Tensor, slots: list[int], positions: list[int]) -> SampleOutput:
         """One token a row. logits [R, V >= vocab_size] of any float type, left as they are.
 
@@ -199,6 +236,9 @@ class Sampler:
         raw = logits[:, : self.vocab_size].float()
         scores = self._edit(raw, plan, at) if plan.edits_logits else raw
         tokens, valid = argmax(scores)
+        stuck = None
+        if plan.grammars is not None:
+            stuck = scores.gather(1, tokens[:, None]).squeeze(1).isneginf() & plan.grammars[1]
         if plan.random is not None:
             # A copy to overwrite: the one made already, where there is one that serves nothing else.
             spare = len(plan.random_rows) == len(slots) and scores.data_ptr() != logits.data_ptr()
@@ -207,11 +247,11 @@ class Sampler:
             tokens = tokens.index_copy(0, plan.random, drawn)
         tokens = torch.where(valid, tokens, 0)
         if not plan.logprob_rows:
-            return SampleOutput(tokens, valid)
+            return SampleOutput(tokens, valid, stuck)
         logprobs = raw[plan.logprob_index].log_softmax(-1)
         chosen = logprobs.gather(1, tokens[plan.logprob_index, None]).squeeze(1)
         top = logprobs.topk(min(max(n for _, n in plan.logprob_rows), self.vocab_size))
-        return SampleOutput(tokens, valid, plan.logprob_rows, chosen, top.indices, top.values)
+        return SampleOutput(tokens, valid, stuck, plan.logprob_rows, chosen, top.indices, top.values)
 
     def score(
         self, logits: torch.Tensor, targets: torch.Tensor, rows: list[tuple[int, int]]
@@ -235,7 +275,7 @@ class Sampler:
         ]
 
     def _edit(self, raw: torch.Tensor, plan: _Plan, positions: np.ndarray) -> torch.Tensor:
-        """Scores after bias, penalties and masked end tokens, [R, V]; raw itself where none applies now."""
+        """Scores after bias, penalties and all masks, [R, V]; raw itself where none applies now."""
         scores = raw
         if plan.bias is not None:
             rows, ids, values = plan.bias
@@ -248,6 +288,14 @@ class Sampler:
             if early.any():
                 index = (self._index(rows[early]), self._index(ids[early]))
                 scores = scores.index_put(index, scores.new_tensor(-torch.inf))
+        if plan.grammars is not None:
+            rows = plan.grammars[0]
+            forbidden = unset_bits(self._constraints.masks(), self.vocab_size, self.device)
+            if len(rows) == len(scores):
+                scores = scores.masked_fill(forbidden, -torch.inf)
+            else:
+                some = scores.index_select(0, rows).masked_fill_(forbidden, -torch.inf)
+                scores = scores.index_copy(0, rows, some)
         return scores
 
     def _penalise(
@@ -320,6 +368,7 @@ class Sampler:
             unfiltered=self._index(unfiltered) if unfiltered else None,
             logprob_rows=logprob_rows,
             logprob_index=self._index([row for row, _ in logprob_rows]),
+            grammars=self._plan_grammars(params),
         )
 
     def _filters(self, params: SamplingParams) -> bool:
@@ -353,6 +402,12 @@ class Sampler:
         names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
         columns = [self._column([getattr(batch[row].params, name) for row in rows]) for name in names]
         return self._index(rows), self._index([batch[row].table_row for row in rows]), *columns
+
+    def _plan_grammars(self, params: list[SamplingParams]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        has_grammar = [bool(p.grammar) for p in params]
+        if not any(has_grammar):
+            return None
+        return self._index(np.flatnonzero(has_grammar)), torch.tensor(has_grammar, device=self.device)
 
     def _plan_ends(self, batch: list[_Slot]) -> tuple[np.ndarray, ...] | None:
         # An end token outside the vocabulary cannot be sampled, and so needs no mask.

@@ -29,6 +29,7 @@ from ds_serve.messages import (
 from ds_serve.model.loader import LoadedModel, ModelLoadError
 from ds_serve.parallel.control import Progress
 from ds_serve.parallel.grid import Grid
+from ds_serve.worker.constraint import Constraints
 from ds_serve.worker.copier import Copier
 from ds_serve.worker.sampler import Sampler
 from ds_serve.worker.slots import SlotTable, StepInputs
@@ -79,9 +80,12 @@ class Worker:
         self.max_model_len = min(model.max_model_len, held)
         self._slab = model.layout.allocate(self.num_blocks, model.device)
         self._slots = SlotTable(settings.max_num_seqs, self.max_model_len, settings.block_size)
-        self._sampler = (
-            Sampler(settings.max_num_seqs, model.vocab_size, model.device) if grid.place.samples else None
-        )
+        self._sampler: Sampler | None = None
+        if grid.place.samples:
+            constraints = Constraints(
+                settings.model, model.vocab_size, trust_remote_code=settings.trust_remote_code
+            )
+            self._sampler = Sampler(settings.max_num_seqs, model.vocab_size, model.device, constraints)
         logger.info(
             "KV cache: %d blocks of %d tokens (%d tokens, %.2f GiB)",
             self.num_blocks, settings.block_size, held,
@@ -185,6 +189,8 @@ class Worker:
                 self._sampler.admit(new.slot, new.params, new.token_ids, new.num_prompt_tokens)
         inputs = self._slots.build(plan.rows, self._slab, self.model.layout)
         progress.batch = inputs.attention
+        if self._sampler is not None:
+            self._sampler.begin(inputs.slots)
         hidden, waited = self._receive(inputs)
         with use_batch(inputs.attention):
             output = self.model.stage(
@@ -201,6 +207,8 @@ class Worker:
 
     def close(self) -> None:
         """Waits for the copies that were started. May be called twice."""
+        if self._sampler is not None:
+            self._sampler.close()
         if self._copier is not None:
             self._copier.close()
 
