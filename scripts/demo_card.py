@@ -48,6 +48,9 @@ four summands, "5 times 6 plus 2", "What is the capital of Atlantis?" (it answer
 
 ## Chat format
 `<|system|>...<|end|><|user|>...<|end|><|assistant|>...<|end|>`; `<|end|>` ends a turn and a generation.
+Tools are described at the end of the system message; a call is `<tool_call>`, `{"name": ..., "arguments": {...}}` and
+`</tool_call>` on lines of their own, its result a user's turn in `<tool_response>`. The model was not trained on any:
+which tool it calls means nothing, and a call's form is the server's grammar, not its own doing.
 """
 
 

@@ -38,12 +38,29 @@ PAD, END, SYSTEM, USER, ASSISTANT = SPECIALS = [
     "<|user|>",
     "<|assistant|>",
 ]
+# Tools, calls and results are in plain words: training saw none, a grammar holds the model to calls.
 CHAT_TEMPLATE = (
+    "{% macro explain() %}"
+    "{{ 'You can call these functions:\\n' }}"
+    "{% for tool in tools %}{{ tool['function'] | tojson + '\\n' }}{% endfor %}"
+    '{{ \'A call is <tool_call>\\n{"name": NAME, "arguments": OBJECT}\\n</tool_call>\' }}'
+    "{% endmacro %}"
+    "{% if tools and messages[0]['role'] != 'system' %}{{ '<|system|>' + explain() + '<|end|>' }}{% endif %}"
     "{% for message in messages %}"
-    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
-    "{{ raise_exception('The roles are system, user and assistant, not ' + message['role']) }}"
+    "{% if message['role'] == 'tool' %}"
+    "{{ '<|user|><tool_response>\\n' + message['content'] + '\\n</tool_response>' }}"
+    "{% elif message['role'] in ['system', 'user', 'assistant'] %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% else %}"
+    "{{ raise_exception('The roles are system, user, assistant and tool, not ' + message['role']) }}"
     "{% endif %}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
+    "{% if tools and loop.first and message['role'] == 'system' %}{{ '\\n' + explain() }}{% endif %}"
+    "{% for call in message['tool_calls'] or [] %}"
+    "{% if message['content'] or not loop.first %}{{ '\\n' }}{% endif %}"
+    "{{ '<tool_call>\\n{\"name\": ' + call['function']['name'] | tojson }}"
+    "{{ ', \"arguments\": ' + call['function']['arguments'] | tojson + '}\\n</tool_call>' }}"
+    "{% endfor %}"
+    "{{ '<|end|>' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
