@@ -23,6 +23,7 @@ from ds_serve.text.detokenize import Detokenizer
 class Prompt:
     token_ids: list[int]
     params: SamplingParams
+    skip_special_tokens: bool = True  # in the text of its choices
 
 
 @dataclass
@@ -99,7 +100,10 @@ class Generation:
             for i, prompt in enumerate(prompts)
             for j in range(n)
         ]
-        self._choices = [_Choice(codec, request, stop or [], without_output) for request in self.requests]
+        self._choices = [
+            _Choice(codec, request, stop or [], without_output, prompts[i // n].skip_special_tokens)
+            for i, request in enumerate(self.requests)
+        ]
         watch.begin(call_id, self.requests, n)
         longest = max(len(prompt.token_ids) for prompt in prompts)
         is_shared = longest > client.info.block_size or prompts[0].params.prompt_logprobs is not None
@@ -163,7 +167,14 @@ def _choice_params(params: SamplingParams, index: int) -> SamplingParams:
 class _Choice:
     """Counts and text of one request. num_tokens: up to the token that completed a stop string."""
 
-    def __init__(self, codec: TextCodec, request: Request, stop: list[str], without_output: bool) -> None:
+    def __init__(
+        self,
+        codec: TextCodec,
+        request: Request,
+        stop: list[str],
+        without_output: bool,
+        skip_special_tokens: bool,
+    ) -> None:
         self.num_tokens = 0
         self._without_output = without_output
         self.num_cached_tokens = 0
@@ -171,6 +182,7 @@ class _Choice:
         self._detokenizer = Detokenizer(
             codec.backend,
             stop=stop,
+            skip_special_tokens=skip_special_tokens,
             min_tokens=request.params.min_tokens,
             prompt_token_ids=request.prompt_token_ids,
         )

@@ -13,7 +13,7 @@ import re
 import secrets
 import string
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenizers import AddedToken
@@ -250,9 +250,9 @@ class CallParser:
         return self._read == self._after
 
     def push(self, text: str, final: bool = False) -> list[str | CallPiece]:
-        """The events that text completes: content, and pieces of calls. final: nothing more comes.
+        """The events that text completes: content, and pieces of calls, each call's in one.
 
-        White space between text and a call is dropped, and so is a call that ends before its name does.
+        final: nothing more comes. White space before a call is dropped, and so is a call cut off in its name.
         """
         self._held += text
         events: list[str | CallPiece] = []
@@ -260,7 +260,7 @@ class CallParser:
         while read != self._read:  # a reader that stays has taken what it can
             read = self._read
             events += read(final)
-        return events
+        return _joined(events)
 
     def _text(self, final: bool) -> list[str]:
         marker = self._format.marker
@@ -326,3 +326,14 @@ class CallParser:
                 if self._depth == 0:
                     return at + 1
         return None
+
+
+def _joined(events: Sequence[str | CallPiece]) -> list[str | CallPiece]:
+    joined: list[str | CallPiece] = []
+    for event in events:
+        last = joined[-1] if joined else None
+        if isinstance(event, CallPiece) and isinstance(last, CallPiece) and last.index == event.index:
+            joined[-1] = replace(last, arguments=last.arguments + event.arguments)
+        else:
+            joined.append(event)
+    return joined
