@@ -78,15 +78,19 @@ class Server:
         self._down()
         self._thread.join(10)
 
+    def config(self, front):
+        """What uvicorn serves, and how."""
+        return uvicorn.Config(create_app(front), log_level="warning", lifespan="off")
+
     async def _main(self):
         client = EngineClient(self.folder)
         await client.start()
         self.engine.start()
         await client.wait_ready()
-        front = Front("fake", self.defaults, Backend(client), created=1, codec=self.codec)
+        self.front = front = Front("fake", self.defaults, Backend(client), created=1, codec=self.codec)
         socket = _listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{socket.getsockname()[1]}"
-        server = uvicorn.Server(uvicorn.Config(create_app(front), log_level="warning", lifespan="off"))
+        server = uvicorn.Server(self.config(front))
         server.capture_signals = contextlib.nullcontext
         loop = asyncio.get_running_loop()
         self._down = lambda: loop.call_soon_threadsafe(setattr, server, "should_exit", True)
