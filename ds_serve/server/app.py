@@ -26,7 +26,7 @@ from ds_serve.server.errors import ApiError, from_validation
 from ds_serve.server.front import Front
 from ds_serve.server.gate import add_gate
 from ds_serve.server.keys import KeyRing
-from ds_serve.server.observe import Observe
+from ds_serve.server.observe import Observe, telemetry
 from ds_serve.server.protocol import MAX_CACHE_KEY_CHARS, CompletionBody
 from ds_serve.server.ready import Readiness
 from ds_serve.server.replies import ClientGone, json_reply
@@ -46,7 +46,7 @@ _STATS_TIMEOUT_S = 1.0
 
 def create_app(front: Front, settings: Settings | None = None, keys: KeyRing | None = None) -> FastAPI:
     """The routes; with settings behind the gate, which asks for one of the keys, if there are any."""
-    app = FastAPI(title="ds_serve", version=_version())
+    app = FastAPI(title="ds_serve", version=package_version(), telemetry=telemetry(front.tracing))
     _add_service_routes(app, front)
     _add_openai_routes(app, front)
     _add_error_handlers(app, front)
@@ -172,7 +172,8 @@ def _add_error_handlers(app: FastAPI, front: Front) -> None:
         return ApiError(500, f"the server failed: {type(error).__name__}: {error}").response()
 
 
-def _version() -> str:
+def package_version() -> str:
+    """The version of ds_serve that is installed."""
     try:
         return version("ds_serve")
     except PackageNotFoundError:  # run from a source tree that is not installed

@@ -8,7 +8,7 @@ Call of each HTTP call; replies.py takes its RequestWatch, and generation.py tel
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -16,6 +16,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 
 from ds_serve.messages import Output, Request
+from ds_serve.server.accesslog import CLIENT_CLOSED
 from ds_serve.server.errors import ApiError
 
 # Routes that make tokens; refusals count as ends of theirs too.
@@ -29,8 +30,6 @@ SECONDS = tuple(
 )
 TOKENS = tuple(2**power for power in range(21))
 
-_CLIENT_CLOSED = 499
-
 
 class Trace(Protocol):
     """What a watch tells a call's trace; tracing.CallTrace is one."""
@@ -40,6 +39,9 @@ class Trace(Protocol):
 
     def end(self, choices: Sequence[Choice]) -> None:
         """All of them have ended."""
+
+    def reasons(self, choices: Sequence[Choice]) -> None:
+        """After end(): one of them has another end than was said."""
 
 
 class Metrics:
@@ -103,19 +105,20 @@ class _Families:
 
 
 class Call:
-    """One HTTP call, from its arrival on. status is 500 until an answer begins: then it failed."""
+    """One HTTP call, from its arrival on. status is of an answer that nobody waited for until one begins."""
 
-    def __init__(self, metrics: Metrics, trace: Trace | None = None) -> None:
+    def __init__(self, metrics: Metrics, trace: Callable[[], Trace | None] = lambda: None) -> None:
+        """trace makes a call's trace, if it is to have one, once it makes requests."""
         self.started = time.monotonic()
-        self.status = 500
-        self.trace = trace
+        self.status = CLIENT_CLOSED
         self._metrics = metrics
+        self._trace = trace
         self._watches: list[RequestWatch] = []
         metrics.http_open.inc()
 
     def watch(self) -> RequestWatch:
         """Who watches requests that this call makes."""
-        watch = RequestWatch(self._metrics, self.started, self.trace)
+        watch = RequestWatch(self._metrics, self.started, self._trace())
         self._watches.append(watch)
         return watch
 
@@ -150,7 +153,7 @@ class RequestWatch:
     Moments are of time.monotonic, which front and engine share.
     """
 
-    def __init__(self, metrics: Metrics, started: float, trace: Trace | None) -> None:
+    def __init__(self, metrics: Metrics, started: float, trace: Trace | None = None) -> None:
         self._metrics = metrics
         self._started = started
         self._trace = trace
@@ -190,7 +193,7 @@ class RequestWatch:
             metrics.prefill.observe(first - scheduled)
 
     def end(self, index: int, reason: str) -> None:
-        """A request has ended, for one of ENDS. Said again, the later reason counts."""
+        """A request has ended, for one of ENDS. Said again before close(), the later reason counts."""
         if reason not in ENDS:
             raise ValueError(f"reason: must be one of {', '.join(ENDS)}, got {reason!r}")
         choice = self.choices[index]
@@ -198,21 +201,25 @@ class RequestWatch:
             choice.ended_at = time.monotonic()
             self._metrics.duration.observe(choice.ended_at - self._started)
             self._metrics.output_tokens.observe(choice.num_tokens)
-        choice.end = reason
+            choice.end = reason
+        elif choice.end != reason:
+            choice.end = reason
+            if self._trace is not None:
+                self._trace.reasons(self.choices)
 
     def __enter__(self) -> RequestWatch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         self._end_rest(_end_of_error(error))
+        if self._trace is not None:
+            self._trace.end(self.choices)
 
     def close(self, route: str) -> None:
         """The call is over: its requests are counted by their ends."""
         self._end_rest("abort")
         for choice in self.choices:
             self._metrics.requests.labels(route, choice.end).inc()
-        if self._trace is not None:
-            self._trace.end(self.choices)
 
     def _end_rest(self, reason: str) -> None:
         for index, choice in enumerate(self.choices):
@@ -222,7 +229,7 @@ class RequestWatch:
 
 def end_of_status(status: int) -> str:
     """The end of a request that was answered with an error."""
-    if status == _CLIENT_CLOSED:
+    if status == CLIENT_CLOSED:
         return "abort"
     if status in (408, 504):
         return "timeout"

@@ -1,25 +1,41 @@
-"""ASGI middleware, the outermost: every HTTP call is counted, and traced where tracing is on.
+"""ASGI middleware, the outermost: every HTTP call is counted.
 
 Knows calls, routes and statuses; what happens to the requests of a call its RequestWatch is told
-(request.state.call.watch()). app.py puts it around everything.
+(request.state.call.watch()). app.py puts it around everything, inside of FastAPI's own tracing.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
+from fastapi.telemetry import TelemetryConfig
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ds_serve.server.metrics import Call, Metrics
+from ds_serve.server.accesslog import CLIENT_CLOSED
+from ds_serve.server.metrics import ROUTES, Call, Metrics
 
 if TYPE_CHECKING:
     from ds_serve.server.tracing import Tracing
 
 _NO_ROUTE = "none"
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+
+
+def telemetry(tracing: Tracing | None) -> TelemetryConfig:
+    """What FastAPI is to trace: calls that make tokens, by one span each, or nothing."""
+    return {
+        "tracing": tracing is not None,
+        "tracer_provider": None if tracing is None else tracing.provider,
+        "exclude": lambda scope: scope["path"] not in ROUTES,
+        "operation_spans": False,
+        "metrics": False,
+        "logs": False,
+        "auto_configure": False,
+    }
 
 
 def start_tracing(model_name: str, version: str) -> Tracing | None:
@@ -46,8 +62,8 @@ class Observe:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        trace = None if self._tracing is None else self._tracing.call(scope)
-        call = Call(self._metrics, trace)
+        tracing = self._tracing
+        call = Call(self._metrics, *([] if tracing is None else [partial(tracing.call, scope["path"])]))
         scope.setdefault("state", {})["call"] = call
 
         async def noting(message: Message) -> None:
@@ -57,11 +73,12 @@ class Observe:
 
         try:
             await self._app(scope, receive, noting)
+        except Exception:
+            if call.status == CLIENT_CLOSED:  # no answer has begun: FastAPI makes one around us
+                call.status = 500
+            raise
         finally:
-            route = self._route(scope)
-            call.end(scope["method"], route)
-            if trace is not None:
-                trace.close(call.status)
+            call.end(scope["method"], self._route(scope))
 
     def _route(self, scope: Scope) -> str:
         """The template of the route that answered, or would have, where the call was refused before."""

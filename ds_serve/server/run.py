@@ -16,6 +16,7 @@ import ssl
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 import uvicorn
@@ -25,14 +26,18 @@ from ds_serve import launch
 from ds_serve.config import SECRETS, Settings
 from ds_serve.messages import EngineInfo
 from ds_serve.server.accesslog import RequestLog, log_to_stderr
-from ds_serve.server.app import create_app
+from ds_serve.server.app import create_app, package_version
 from ds_serve.server.connection import Connection
 from ds_serve.server.front import Front
 from ds_serve.server.keys import KeyRing
+from ds_serve.server.observe import start_tracing
 from ds_serve.server.stop import Stop
 from ds_serve.server.supervisor import RestartPolicy, Supervisor
 from ds_serve.text.codec import TextCodec
 from ds_serve.text.defaults import GenerationDefaults
+
+if TYPE_CHECKING:
+    from ds_serve.server.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +59,7 @@ def serve(
     try:
         keys = KeyRing.load(settings)
         check_tls(settings)
+        tracing = start_tracing(settings.name, package_version())
         front_socket = _listen(settings.host, settings.port)
         defaults = GenerationDefaults.load(settings.model)
     except (OSError, ValueError) as error:
@@ -63,7 +69,7 @@ def serve(
     log_to_stderr(access=settings.access_log, prompts=settings.log_prompts)
     log.info("settings: %s", _describe(settings, keys))
     supervisor = Supervisor(settings.model_dump_json(), start=start, ranks=settings.world_size, policy=policy)
-    return asyncio.run(_serve(settings, keys, supervisor, front_socket, defaults))
+    return asyncio.run(_serve(settings, keys, supervisor, front_socket, defaults, tracing))
 
 
 async def _serve(
@@ -72,9 +78,15 @@ async def _serve(
     supervisor: Supervisor,
     front_socket: socket.socket,
     defaults: GenerationDefaults,
+    tracing: Tracing | None,
 ) -> int:
     front = Front(
-        settings.name, defaults, supervisor, created=int(time.time()), tool_format=settings.tool_format
+        settings.name,
+        defaults,
+        supervisor,
+        created=int(time.time()),
+        tool_format=settings.tool_format,
+        tracing=tracing,
     )
     server = uvicorn.Server(uvicorn_config(RequestLog(create_app(front, settings, keys)), settings))
     server.capture_signals = contextlib.nullcontext  # they are Stop's
@@ -87,6 +99,8 @@ async def _serve(
         finally:
             watch.cancel()
             await supervisor.stop()
+            if tracing is not None and not stop.exit_code:
+                await asyncio.to_thread(tracing.close)
     try:
         return await watch
     except asyncio.CancelledError:
