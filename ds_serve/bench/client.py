@@ -16,7 +16,7 @@ from yarl import URL
 
 from ds_serve.bench.endpoints import Endpoint, Piece, error_text
 from ds_serve.bench.options import Options
-from ds_serve.bench.records import Record
+from ds_serve.bench.records import INTERRUPTED, Record
 from ds_serve.bench.sse import EventReader
 
 _KEEP_ALIVE_S = 4.0  # below uvicorn's 5 s, so that the server does not close a connection that we just took
@@ -74,8 +74,8 @@ class Client:
         except (aiohttp.ClientError, TimeoutError):
             return None
 
-    def sender(self, endpoint: Endpoint) -> Sender:
-        return Sender(self._session, URL(self._url + endpoint.path), endpoint, self._options.streams)
+    def sender(self, endpoint: Endpoint, *, streams: bool) -> Sender:
+        return Sender(self._session, URL(self._url + endpoint.path), endpoint, streams)
 
 
 class Sender:
@@ -96,7 +96,7 @@ class Sender:
                 else:
                     record.fail(f"http {response.status}", _refusal(await response.read()))
         except asyncio.CancelledError:
-            record.fail("interrupted")
+            record.fail(INTERRUPTED)
             raise
         except TimeoutError:  # aiohttp's own timeouts are of this kind too
             record.fail("timeout", f"no end after {perf_counter() - record.sent:.1f} s")
@@ -122,6 +122,8 @@ class Sender:
             record.count(piece.usage)
 
     async def _stream(self, response: aiohttp.ClientResponse, record: Record) -> None:
+        if response.content_type != "text/event-stream":
+            return record.fail("not streamed", f"Content-Type: {response.content_type}")
         reader, decode, done = EventReader(), self._endpoint.event, self._endpoint.done
         finished = False
         read = response.content.readany

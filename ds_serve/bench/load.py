@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from itertools import count, islice
 from time import perf_counter
 
-from ds_serve.bench.records import Record
+from ds_serve.bench.records import INTERRUPTED, Record
 
 Send = Callable[[Record, bytes], Awaitable[None]]
 Body = Callable[[int], bytes]
@@ -101,7 +101,7 @@ class Load:
         finally:
             self.running -= 1
             self.done += 1
-            self.failed += not record.good
+            self.failed += not record.good and record.kind != INTERRUPTED
 
 
 @contextmanager

@@ -77,7 +77,8 @@ async def measure(
     """Warm-up, then one measured run. Raises RuntimeError where no warm-up request succeeds."""
     route = endpoint(options, target.model)
     workload = Workload(options, material, route)
-    load = Load(client.sender(route).send, workload.body, prompts_each=options.prompts_each)
+    send = client.sender(route, streams=options.streams).send
+    load = Load(send, workload.body, prompts_each=options.prompts_each)
     at_once = options.concurrency or DEFAULT_CONCURRENCY
     if options.warmup:
         await load.warm_up(options.warmup, at_once)

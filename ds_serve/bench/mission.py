@@ -20,6 +20,7 @@ from ds_serve.bench.workload import Material, material
 AT_ONCE = 64
 BATCH = 32
 DISTINCT = 64  # prompts
+CACHED = 128  # tokens of a prompt; a server computes at least the last one, from which the new token comes
 SINGLE_TPS, SINGLE_P99_S, BATCH_TPS = 2000, 0.050, 1000
 
 
@@ -51,7 +52,7 @@ async def mission(client: Client, target: Target, options: Options) -> int:
 
 def _loads(options: Options) -> dict[str, Options]:
     """Both loads, by name; the warm-up sends every prompt at least once."""
-    length = options.input_tokens or Lengths("fixed", 128)
+    length = options.input_tokens or Lengths("fixed", CACHED + 1)
     at_once = options.concurrency or AT_ONCE
     requests = options.requests or 4000
     base = replace(

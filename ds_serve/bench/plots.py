@@ -92,8 +92,12 @@ def draw_sweep(path: Path, parameter: str, steps: list[tuple[float, Run]], best:
             _curve(axes[place, 0], levels, values, _COLORS[goal.metric])
             axes[place, 0].axhline(1000 * goal.limit, color=_RED, linewidth=1, linestyle="--")
             axes[place, 0].set_title(f"{goal.stat} of {_TITLES[goal.metric]}, ms (goal: {goal.text})")
-            axes[place, 0].set_yscale("log")
-            axes[place, 0].yaxis.set_major_formatter(_plain)
+            if np.nanmax(values) > 50 * np.nanmin(values):
+                axes[place, 0].set_yscale("log")
+                axes[place, 0].yaxis.set_major_formatter(_plain)
+                axes[place, 0].yaxis.set_minor_formatter("")
+            else:
+                axes[place, 0].set_ylim(bottom=0)
         for axis in axes[:, 0]:
             axis.set_xlabel(parameter + (", requests/s" if parameter == "rate" else ", requests at a time"))
             if best is not None:
@@ -131,7 +135,7 @@ def _distribution(axis: Axes, metric: str, values: np.ndarray) -> None:
     low, high = max(milliseconds[0], 1e-3), max(milliseconds[-1], 2e-3)
     if high / low > 50:
         axis.set_xscale("log")
-        axis.set_xlim(left=max(low, high / 1e5, 0.01))
+        axis.set_xlim(left=max(low, np.percentile(milliseconds, 1) / 3, 0.01))
         axis.xaxis.set_major_formatter(_plain)
     axis.set_ylim(0, 102)
     axis.set_ylabel("% of samples")

@@ -74,7 +74,7 @@ class Verdict:
     met: bool
 
     def __str__(self) -> str:
-        return f"{'met   ' if self.met else 'MISSED'} {self.goal.text}: measured {self.shown()}"
+        return f"{self.goal.text} {'met' if self.met else 'MISSED'}: measured {self.shown()}"
 
     def shown(self) -> str:
         """The measured value with its unit."""

@@ -24,8 +24,8 @@ _NAMES = {
 def summary_table(summary: Summary, *, open_loop: bool, accounts: dict[str, float] | None) -> str:
     parts = [_counts(summary), _rates(summary), _latencies(summary, open_loop)]
     if accounts is not None:
-        shown = ", ".join(f"{TOTALS[name]} {_number(value)}" for name, value in accounts.items())
-        parts.append(f"server: {shown}")
+        shown = [f"{TOTALS[name]} {_number(value)}" for name, value in accounts.items() if value]
+        parts.append(f"server: {', '.join(shown) or 'nothing computed'}")
     return "\n\n".join(part for part in parts if part)
 
 
