@@ -25,13 +25,13 @@ async def chat_completions(front: Front, body: ChatBody, http: Request) -> Respo
     """Raises ApiError, EngineDeadError (a 503) and ClientGone."""
     client = front.client
     front.check_model(body.model)
-    calls = _calls(front, body) if body.may_call else None
+    calls = calls_of(front, body) if body.may_call else None
     shape = ChatShape(front, body) if calls is None else CallingShape(front, body, calls)
     prompts = [await front.chat_prompt(body, client, calls)]
     return await reply(http, body, client, shape, prompts)
 
 
-def _calls(front: Front, body: ChatBody) -> Calls:
+def calls_of(front: Front, body: ChatBody) -> Calls:
     """What the answer may call. Raises ApiError."""
     chosen = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
     with refusing():

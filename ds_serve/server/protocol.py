@@ -61,6 +61,13 @@ class ResponseFormat(Body):
             raise ValueError("must have json_schema where type is 'json_schema', and only there")
         return self
 
+    @property
+    def schema_asked(self) -> dict[str, Any] | bool | None:
+        """What output must validate against; None: it is free."""
+        if self.type == "text":
+            return None
+        return self.json_schema.schema_ if self.json_schema else {"type": "object"}
+
 
 class StructuredOutputs(Body):
     """vLLM's newer spelling of the guided_ fields: one of them."""
@@ -119,10 +126,6 @@ class GenerationBody(Body):
         300.0, ge=1, le=86400, description="seconds; only where prompt_cache_key is given"
     )
 
-    response_format: ResponseFormat | None = Field(
-        None,
-        description="json_object and json_schema: output is JSON as json.dumps writes it, that validates",
-    )
     guided_json: dict[str, Any] | bool | Text | None = Field(None, description="a JSON schema, or its text")
     guided_regex: Text | None = Field(None, description="matches the whole output; Rust's syntax")
     guided_choice: list[Text] | None = Field(None, min_length=1, description="the output is one of these")
@@ -160,12 +163,8 @@ class GenerationBody(Body):
         return next(iter(self._forms()), None)
 
     def _forms(self) -> list[Form]:
-        wanted, newer = self.response_format, self.structured_outputs or StructuredOutputs.model_construct()
-        schema = None
-        if wanted is not None and wanted.type != "text":
-            schema = wanted.json_schema.schema_ if wanted.json_schema else {"type": "object"}
+        newer = self.structured_outputs or StructuredOutputs.model_construct()
         forms = [
-            Form("response_format", "json_schema", schema),
             Form("guided_json", "json_schema", self.guided_json),
             Form("guided_regex", "regex", self.guided_regex),
             Form("guided_choice", "choice", self.guided_choice),
@@ -184,6 +183,15 @@ class ChoicesBody(GenerationBody):
     stream_options: StreamOptions | None = None
     n: int = Field(1, ge=1, le=128)
     max_tokens: int | None = None
+    response_format: ResponseFormat | None = Field(
+        None,
+        description="json_object and json_schema: output is JSON as json.dumps writes it, that validates",
+    )
+
+    def _forms(self) -> list[Form]:
+        schema = None if self.response_format is None else self.response_format.schema_asked
+        own = [] if schema is None else [Form("response_format", "json_schema", schema)]
+        return own + super()._forms()
 
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> ChoicesBody:

@@ -1,6 +1,7 @@
 """POST /v1/responses: OpenAI's response object, and the events of its stream.
 
-Knows the wording of replies; what may be asked is responses_protocol.py's, the order of pieces replies.py's.
+Knows the wording of replies (items of output: responses_output.py); what may be asked is
+responses_protocol.py's, the order of pieces replies.py's.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from collections.abc import Iterator
 
 from fastapi import Request, Response
 
+from ds_serve.server.chat import calls_of
 from ds_serve.server.errors import ApiError
 from ds_serve.server.front import Front
 from ds_serve.server.generation import Delta, Prompt
 from ds_serve.server.replies import reply
+from ds_serve.server.responses_output import CallItem, Event, TextItem
 from ds_serve.server.responses_protocol import ResponsesBody, in_our_words
 from ds_serve.server.shapes import event, logprob_entry
+from ds_serve.text.tools import CallPiece, Calls
 
 
 async def responses(front: Front, body: ResponsesBody, http: Request) -> Response:
@@ -25,108 +29,117 @@ async def responses(front: Front, body: ResponsesBody, http: Request) -> Respons
     front.check_model(body.model)
     chat = body.as_chat()
     with in_our_words():
-        prompt = await front.chat_prompt(chat, client)
-    return await reply(http, chat, client, ResponseShape(front, body, prompt), [prompt])
+        calls = calls_of(front, chat) if chat.may_call else None
+        prompt = await front.chat_prompt(chat, client, calls)
+    return await reply(http, chat, client, ResponseShape(front, body, prompt, calls), [prompt])
 
 
 class ResponseShape:
-    """The response and its one message, complete or as far as it has come."""
+    """One response, as far as it has come: text is a message, and each call an item of its own."""
 
-    def __init__(self, front: Front, body: ResponsesBody, prompt: Prompt) -> None:
-        call = uuid.uuid4().hex
-        self.id = f"resp_{call}"
+    def __init__(self, front: Front, body: ResponsesBody, prompt: Prompt, calls: Calls | None) -> None:
+        self.id = f"resp_{uuid.uuid4().hex}"
         self.codec = front.codec
-        self._front = front
+        self._model_name = front.model_name
         self._body = body
         self._params = prompt.params
+        self._parser = None if calls is None else calls.parser()
         self._created = int(time.time())
-        self._item_id = f"msg_{call}"
-        self._next = 0  # sequence number of the next event
-        self._text: list[str] = []
-        self._logprobs: list[dict] = []
-        self._finish_reason: str | None = None
-
-    # -- what replies.py calls -----------------------------------------------------------------
+        self._sequence_number = 0
+        self._items: list[TextItem | CallItem] = []
+        self._status = "completed"
 
     def whole(self, choices: list[Delta], usage: dict) -> dict:
         self._take(choices[0])
-        return self._finished(usage)
+        return self._finish(usage)[1]
 
     def begin(self, num_choices: int) -> Iterator[bytes]:
-        response = self._response("in_progress")
-        yield self._event("response.created", response=response)
-        yield self._event("response.in_progress", response=response)
-        yield self._event("response.output_item.added", output_index=0, item=self._item("in_progress", []))
-        yield self._event("response.content_part.added", **self._place, part=self._part("", []))
+        for name in ("response.created", "response.in_progress"):
+            yield self._event(name, {"response": self._response("in_progress")})
 
     def piece(self, delta: Delta) -> Iterator[bytes]:
-        logprobs = self._take(delta)
-        if delta.text or logprobs:
-            yield self._event(
-                "response.output_text.delta", **self._place, delta=delta.text, logprobs=logprobs
-            )
+        for told in self._take(delta):
+            yield self._event(*told)
 
     def end(self, usage: dict) -> Iterator[bytes]:
-        text, part = "".join(self._text), self._part("".join(self._text), self._logprobs)
-        yield self._event("response.output_text.done", **self._place, text=text, logprobs=self._logprobs)
-        yield self._event("response.content_part.done", **self._place, part=part)
-        response = self._finished(usage)
-        yield self._event("response.output_item.done", output_index=0, item=response["output"][0])
-        yield self._event(f"response.{response['status']}", response=response)
+        events, response = self._finish(usage)
+        for told in events:
+            yield self._event(*told)
+        yield self._event(f"response.{self._status}", {"response": response})
 
     def failed(self, error: ApiError) -> Iterator[bytes]:
-        told = {"code": "server_error", "message": error.body["error"]["message"]}
-        output = [self._message("incomplete")]
-        yield self._event(
-            "response.failed", response=self._response("failed") | {"error": told, "output": output}
-        )
+        self._status = "incomplete"
+        response = self._response("failed") | {
+            "output": self._output(),
+            "error": {"code": "server_error", "message": error.body["error"]["message"]},
+        }
+        yield self._event("response.failed", {"response": response})
 
-    # -- the parts -----------------------------------------------------------------------------
+    def _event(self, name: str, fields: dict) -> bytes:
+        number = self._sequence_number
+        self._sequence_number += 1
+        return event({"type": name, "sequence_number": number, **fields}, name)
 
-    @property
-    def _place(self) -> dict:
-        return {"item_id": self._item_id, "output_index": 0, "content_index": 0}
-
-    def _event(self, kind: str, **fields) -> bytes:
-        number, self._next = self._next, self._next + 1
-        return event({"type": kind, "sequence_number": number, **fields}, kind)
-
-    def _take(self, delta: Delta) -> list[dict]:
-        """Notes a piece; its logprobs as they are told."""
+    def _take(self, delta: Delta) -> list[Event]:
+        """The events of a piece of the answer."""
+        if delta.finish_reason == "length":
+            self._status = "incomplete"
+        if self._parser is not None:
+            events = []
+            for told in self._parser.push(delta.text, final=delta.finish_reason is not None):
+                events += self._take_text(told, []) if isinstance(told, str) else self._take_call(told)
+            return events
         pairs = () if delta.logprobs is None else zip(delta.token_ids, delta.logprobs, strict=True)
         logprobs = [logprob_entry(self.codec, token, entry) for token, entry in pairs]
-        self._text.append(delta.text)
-        self._logprobs += logprobs
-        self._finish_reason = delta.finish_reason or self._finish_reason
-        return logprobs
+        return self._take_text(delta.text, logprobs) if delta.text or logprobs else []
 
-    def _finished(self, usage: dict) -> dict:
-        cut = self._finish_reason == "length"
-        status = "incomplete" if cut else "completed"
-        return self._response(status) | {
+    def _take_text(self, text: str, logprobs: list[dict]) -> list[Event]:
+        events = []
+        if not self._items or isinstance(self._items[-1], CallItem):
+            events = self._add(TextItem(len(self._items)))
+        return events + self._items[-1].more(text, logprobs)
+
+    def _take_call(self, piece: CallPiece) -> list[Event]:
+        events = []
+        if piece.name is not None:
+            events = self._add(CallItem(len(self._items), piece.id, piece.name))
+        return events + (self._items[-1].more(piece.arguments) if piece.arguments else [])
+
+    def _add(self, item: TextItem | CallItem) -> list[Event]:
+        before = self._items[-1].end("completed") if self._items else []
+        self._items.append(item)
+        return before + item.begin()
+
+    def _finish(self, usage: dict) -> tuple[list[Event], dict]:
+        """The last events but one, and the response that the last one tells."""
+        events = [] if self._items else self._add(TextItem(0))
+        events += self._items[-1].end(self._status)
+        cut = self._status == "incomplete"
+        return events, self._response(self._status) | {
             "completed_at": None if cut else int(time.time()),
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-            "output": [self._message(status)],
+            "output": self._output(),
             "usage": _usage(usage),
         }
 
-    def _message(self, status: str) -> dict:
-        return self._item(status, [self._part("".join(self._text), self._logprobs)])
-
-    def _item(self, status: str, content: list[dict]) -> dict:
-        return {
-            "type": "message",
-            "id": self._item_id,
-            "status": status,
-            "role": "assistant",
-            "content": content,
-        }
-
-    def _part(self, text: str, logprobs: list[dict]) -> dict:
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
+    def _output(self) -> list[dict]:
+        last = len(self._items) - 1
+        return [item.item(self._status if i == last else "completed") for i, item in enumerate(self._items)]
 
     def _response(self, status: str) -> dict:
         body = self._body
+        given = body.model_dump(
+            by_alias=True,
+            include={
+                "instructions",
+                "max_output_tokens",
+                "metadata",
+                "safety_identifier",
+                "tool_choice",
+                "user",
+            }
+            | {"parallel_tool_calls", "tools"},
+        )
         return {
             "id": self.id,
             "object": "response",
@@ -135,21 +148,14 @@ class ResponseShape:
             "status": status,
             "error": None,
             "incomplete_details": None,
-            "model": self._front.model_name,
-            "instructions": body.instructions,
+            "model": self._model_name,
             "output": [],
             "usage": None,
+            **given,
             "text": body.text.model_dump(by_alias=True, exclude_none=True),
             "temperature": self._params.temperature,
             "top_p": self._params.top_p,
             "top_logprobs": body.top_logprobs or 0,
-            "max_output_tokens": body.max_output_tokens,
-            "tools": [],
-            "tool_choice": "auto",
-            "parallel_tool_calls": True,
-            "metadata": body.metadata,
-            "user": body.user,
-            "safety_identifier": body.safety_identifier,
             "prompt_cache_key": body.prompt_cache_key or None,
             "service_tier": "default",
             "store": False,

@@ -1,20 +1,22 @@
 """The body of /v1/responses, and the chat that it is: its turns, its limits and its format by chat's names.
 
-Knows shapes and types; responses.py words the reply. What chat.py's body checks is checked there, and told
+Knows shapes and types; responses.py words the reply. What chat's own body checks is checked there, and told
 with the names of this one.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
-from ds_serve.server.chat_protocol import ChatBody
+from ds_serve.server.chat_protocol import MAX_TOOLS, ChatBody, Function
 from ds_serve.server.errors import ApiError, from_validation
-from ds_serve.server.protocol import Body, GenerationBody, Text
+from ds_serve.server.protocol import Body, Form, GenerationBody, ResponseFormat, Text
+from ds_serve.server.responses_items import Input, as_messages
 
 LOGPROBS = "message.output_text.logprobs"
 
@@ -22,60 +24,53 @@ _CHAT_NAMES = {
     "max_tokens": "max_output_tokens",
     "max_completion_tokens": "max_output_tokens",
     "messages": "input",
+    "response_format": "text.format",
 }
-_TEXT_PARTS = ("input_text", "output_text")
 
 
-class TextPart(Body):
-    """Text of a message. What a reply's part has beside its text may come back with it."""
+class TextFormat(Body):
+    """response_format, with the schema's fields beside the type."""
 
-    type: Literal["input_text", "output_text"]
-    text: Text
-    annotations: list[Any] = Field([], max_length=0)
-    logprobs: list[Any] = Field([], description="of an earlier reply; not read")
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
+    name: Text | None = None
+    description: Text | None = None
+    strict: bool | None = None
 
-
-class MessageItem(Body):
-    """One turn. Parts are joined by newlines; id and status of an earlier reply's message are not read."""
-
-    type: Literal["message"] = "message"
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
-    id: Text | None = None
-    status: Literal["in_progress", "completed", "incomplete"] | None = None
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _content_is_text(cls, value: Any) -> Any:
-        if isinstance(value, list):
-            kinds = [part.get("type") if isinstance(part, dict) else part for part in value]
-            if any(kind not in _TEXT_PARTS for kind in kinds):
-                raise ValueError(f"parts must be of type 'input_text' or 'output_text', got {kinds}")
-        elif not isinstance(value, str):
-            raise ValueError("must be a string or a list of text parts")
-        return value
-
-    def as_message(self) -> dict:
-        content = self.content
-        return {
-            "role": self.role,
-            "content": content if isinstance(content, str) else "\n".join(part.text for part in content),
-        }
-
-
-Item = MessageItem
-Input = Annotated[
-    Annotated[Text, Tag("<text>")] | Annotated[list[Item], Tag("<items>"), Field(min_length=1)],
-    Discriminator(lambda value: "<items>" if isinstance(value, list) else "<text>"),
-]
-
-
-class PlainFormat(Body):
-    type: Literal["text"] = "text"
+    def as_response_format(self) -> ResponseFormat:
+        """Raises ValidationError for a type without its schema, or a schema without its type."""
+        schema = self.model_dump(by_alias=True, exclude={"type"}, exclude_none=True)
+        return ResponseFormat(type=self.type, json_schema=schema or None)
 
 
 class TextOptions(Body):
-    format: PlainFormat = PlainFormat()
+    format: TextFormat = TextFormat()
+
+    @field_validator("format")
+    @classmethod
+    def _is_one(cls, format: TextFormat) -> TextFormat:
+        format.as_response_format()
+        return format
+
+
+class FunctionTool(Function):
+    """A function, with its fields beside the type."""
+
+    type: Literal["function"]
+
+    def as_tool(self) -> dict[str, Any]:
+        return {"type": "function", "function": self.model_dump(exclude={"type"}, exclude_none=True)}
+
+
+class NamedFunction(Body):
+    type: Literal["function"]
+    name: Text
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("<word>")] | Annotated[NamedFunction, Tag("<name>")],
+    Discriminator(lambda value: "<name>" if isinstance(value, dict | NamedFunction) else "<word>"),
+]
 
 
 class ResponseStreamOptions(Body):
@@ -86,9 +81,12 @@ class ResponsesBody(GenerationBody):
     """POST /v1/responses. Nothing is stored: each call brings the whole conversation."""
 
     input: Input
-    instructions: Text | None = None
+    instructions: Text | None = Field(None, description="a system message before the input")
     max_output_tokens: int | None = Field(None, ge=1)
     text: TextOptions = TextOptions()
+    tools: list[FunctionTool] = Field([], max_length=MAX_TOOLS)
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
     include: list[Literal["message.output_text.logprobs"]] = []
     top_logprobs: int | None = Field(None, ge=0, le=20)
     stream_options: ResponseStreamOptions | None = None
@@ -107,34 +105,51 @@ class ResponsesBody(GenerationBody):
     def _response_fields_agree(self) -> ResponsesBody:
         if self.top_logprobs is not None and LOGPROBS not in self.include:
             raise ValueError(f"top_logprobs: only where include has {LOGPROBS!r}")
+        if self.include and self.tools and self.tool_choice != "none":
+            raise ValueError("include: no logprobs beside tools, unless tool_choice is 'none'")
+        if self.tool_choice not in ("auto", "none") and not self.tools:
+            raise ValueError("tool_choice: only where tools are given")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: only where stream is true")
         return self
 
+    def _forms(self) -> list[Form]:
+        schema = self.text.format.as_response_format().schema_asked
+        own = [] if schema is None else [Form("text.format", "json_schema", schema)]
+        return own + super()._forms()
+
     def as_chat(self) -> ChatBody:
         """The same call of /v1/chat/completions. Raises ApiError where chat's own checks refuse it."""
-        given = {
-            name: getattr(self, name) for name in GenerationBody.model_fields if name in self.model_fields_set
+        shared = {
+            name: getattr(self, name) for name in GenerationBody.model_fields.keys() & self.model_fields_set
         }
         with in_our_words():
             try:
                 return ChatBody(
-                    **given,
-                    messages=self._messages(),
+                    **shared,
+                    **self._tools(),
+                    messages=as_messages(self.input, self.instructions),
                     max_completion_tokens=self.max_output_tokens,
                     logprobs=LOGPROBS in self.include,
                     top_logprobs=self.top_logprobs,
+                    response_format=self.text.format.as_response_format(),
                     chat_template_kwargs=self.chat_template_kwargs,
                 )
             except ValidationError as error:
-                raise from_validation(
-                    [entry | {"loc": ("body", *entry["loc"])} for entry in error.errors()]
-                ) from error
+                found = [entry | {"loc": ("body", *entry["loc"])} for entry in error.errors()]
+                raise from_validation(found) from error
 
-    def _messages(self) -> list[dict]:
-        items = [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input
-        first = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
-        return first + [item.as_message() for item in items]
+    def _tools(self) -> dict[str, Any]:
+        if not self.tools:
+            return {}
+        choice = self.tool_choice
+        if isinstance(choice, NamedFunction):
+            choice = {"type": "function", "function": {"name": choice.name}}
+        return {
+            "tools": [tool.as_tool() for tool in self.tools],
+            "tool_choice": choice,
+            "parallel_tool_calls": self.parallel_tool_calls,
+        }
 
 
 @contextmanager
@@ -148,9 +163,9 @@ def in_our_words() -> Iterator[None]:
 
 def _renamed(error: ApiError) -> ApiError:
     body = error.body["error"]
-    param, _, rest = (body["param"] or "").partition(".")
-    if param not in _CHAT_NAMES:
-        return error
-    name = _CHAT_NAMES[param]
-    message = body["message"].replace(param, name, 1)
-    return ApiError(error.status, message, param=name + rest and f".{rest}", code=body["code"])
+    name = (body["param"] or "").partition(".")[0]
+    ours = _CHAT_NAMES.get(name, name)
+    message = body["message"].replace(name, ours, 1)
+    if name == "tools":
+        message = re.sub(r"^(tools[\[.]\d+\]?)\.function\b", r"\1", message)
+    return ApiError(error.status, message, param=ours or None, code=body["code"])
