@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from ds_serve.server.chat_protocol import ChatBody, Turns
@@ -17,10 +17,12 @@ from ds_serve.server.errors import ApiError, refusing
 from ds_serve.server.gate import Door
 from ds_serve.server.generation import Prompt
 from ds_serve.server.metrics import Metrics
-from ds_serve.server.protocol import CompletionBody
+from ds_serve.server.protocol import CompletionBody, Form
 from ds_serve.server.sampling import check_prompt, sampling_params
 from ds_serve.text.codec import TextCodec
 from ds_serve.text.defaults import GenerationDefaults
+from ds_serve.text.grammar import Grammars
+from ds_serve.text.tools import CallFormat, Calls, call_format
 
 if TYPE_CHECKING:
     from ds_serve.server.tracing import Tracing
@@ -53,8 +55,12 @@ class Front:
     door: Door = field(default_factory=Door)
     metrics: Metrics = field(default_factory=Metrics)
     tracing: Tracing | None = None
+    tool_format: str = "auto"
     # One thread: the tokenizer must not be encoding twice at once.
     _encoder: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "encode"))
+    # A thread of its own: the check of a large grammar takes as long as many prompts.
+    _grammarian: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "grammar"))
+    _grammars: Grammars | None = None
 
     @property
     def client(self) -> EngineClient:
@@ -74,42 +80,84 @@ class Front:
                 code="model_not_found",
             )
 
-    async def chat_prompt(self, body: ChatBody, client: EngineClient) -> Prompt:
-        """The rendered chat with its parameters. Raises ApiError."""
-        token_ids = await self.encode_chat(body)
+    def call_format(self) -> CallFormat:
+        """How the model writes calls. Raises ApiError where it knows no tools, or in a form unknown here."""
         with refusing():
-            return self._prompt(body, client, token_ids, "messages")
+            return call_format(self.tool_format, self.codec.tools_template)
+
+    async def chat_prompt(self, body: ChatBody, client: EngineClient, calls: Calls | None = None) -> Prompt:
+        """The rendered chat with its parameters; calls: what the answer may call. Raises ApiError."""
+        token_ids = await self.encode_chat(body)
+        if calls is None:
+            grammar = await self.grammar(body.form, client)
+        else:
+            grammar = await self.make_grammar(
+                lambda grammars: grammars.lark(calls.grammar(), "tools"), client
+            )
+        with refusing():
+            prompt = self._prompt(body, client, token_ids, "messages", grammar)
+        return prompt if calls is None else replace(prompt, skip_special_tokens=calls.skip_special_tokens)
 
     async def encode_chat(self, turns: Turns) -> list[int]:
         """The ids of a rendered chat. Raises ApiError."""
 
+        messages, tools = turns.messages_for_template(), turns.tools_for_template()
+        size = sum(len(message["content"]) for message in messages)
+        if tools or any("tool_calls" in message for message in messages):
+            self.call_format()  # refuses what a template would pass over
+            size += len(str(tools)) + sum(len(str(message.get("tool_calls", ""))) for message in messages)
+
         def encode() -> list[int]:
             return self.codec.encode_chat(
-                [message.for_template() for message in turns.messages],
+                messages,
+                tools=tools,
                 add_generation_prompt=turns.add_generation_prompt,
                 continue_final_message=turns.continue_final_message,
                 **turns.chat_template_kwargs,
             )
 
-        size = sum(len(message.for_template()["content"]) for message in turns.messages)
         with refusing():
             return await self.encode(encode, size)
 
     async def completion_prompts(self, body: CompletionBody, client: EngineClient) -> list[Prompt]:
         """Each prompt with its parameters. Raises ApiError."""
         prompts = []
+        grammar = await self.grammar(body.form, client)
         for prompt in body.prompt:
             if isinstance(prompt, str):
                 prompt = await self.encode(lambda text=prompt: self.codec.encode(text), len(prompt))
             with refusing():
-                prompts.append(self._prompt(body, client, prompt, "prompt"))
+                prompts.append(self._prompt(body, client, prompt, "prompt", grammar))
         return prompts
 
+    async def grammar(self, form: Form | None, client: EngineClient) -> str:
+        """The grammar of a form, "" for None. Raises ApiError."""
+        if form is None:
+            return ""
+        name, kind, value = form
+        return await self.make_grammar(lambda grammars: getattr(grammars, kind)(value, name), client)
+
+    async def make_grammar(self, make: Callable[[Grammars], str], client: EngineClient) -> str:
+        """What make makes of this model's Grammars, off the event loop, one at a time. Raises ApiError."""
+
+        def work() -> str:
+            if self._grammars is None:
+                self._grammars = Grammars(self.codec.tokenizer, client.info.vocab_size)
+            return make(self._grammars)
+
+        with refusing():
+            return await asyncio.get_running_loop().run_in_executor(self._grammarian, work)
+
     def _prompt(
-        self, body: ChatBody | CompletionBody, client: EngineClient, token_ids: list[int], name: str
+        self,
+        body: ChatBody | CompletionBody,
+        client: EngineClient,
+        token_ids: list[int],
+        name: str,
+        grammar: str,
     ) -> Prompt:
         check_prompt(token_ids, client.info, name)
-        return Prompt(token_ids, sampling_params(body, self.defaults, client.info, len(token_ids)))
+        return Prompt(token_ids, sampling_params(body, self.defaults, client.info, len(token_ids), grammar))
 
     async def encode(self, encode: Callable[[], T], num_chars: int) -> T:
         """What encode returns; a long text's off the event loop, one at a time."""

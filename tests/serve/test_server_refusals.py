@@ -6,7 +6,7 @@ from fake_server import HELLO, error_of
 
 REFUSED = [
     ({"frobnicate": 1}, "frobnicate", "frobnicate"),
-    ({"tools": []}, "tools", "not supported"),
+    ({"tools": []}, "tools", "at least 1"),
     ({"temperature": -1}, "temperature", "at least 0"),
     ({"temperature": "hot"}, "temperature", "number"),
     ({"top_p": 0}, "top_p", "in (0, 1]"),
