@@ -16,6 +16,7 @@ from ds_serve.server.chat_protocol import ChatBody, NamedTool
 from ds_serve.server.errors import refusing
 from ds_serve.server.front import Front
 from ds_serve.server.generation import Delta
+from ds_serve.server.metrics import Call
 from ds_serve.server.replies import reply
 from ds_serve.server.shapes import Envelope, logprob_entry
 from ds_serve.text.tools import CallPiece, Calls, arguments_rule
@@ -26,7 +27,7 @@ async def chat_completions(front: Front, body: ChatBody, http: Request) -> Respo
     client = front.client
     front.check_model(body.model)
     calls = calls_of(front, body) if body.may_call else None
-    shape = ChatShape(front, body) if calls is None else CallingShape(front, body, calls)
+    shape = ChatShape(front, body) if calls is None else CallingShape(front, body, calls, http.state.call)
     prompts = [await front.chat_prompt(body, client, calls)]
     return await reply(http, body, client, shape, prompts)
 
@@ -91,8 +92,9 @@ class CallingShape(ChatShape):
     as OpenAI has it. What max_tokens or a stop string cut off is told as far as it came.
     """
 
-    def __init__(self, front: Front, body: ChatBody, calls: Calls) -> None:
+    def __init__(self, front: Front, body: ChatBody, calls: Calls, call: Call) -> None:
         super().__init__(front, body)
+        self._call = call
         self._named = isinstance(body.tool_choice, NamedTool)
         self._parsers = defaultdict(calls.parser)
 
@@ -134,6 +136,7 @@ class CallingShape(ChatShape):
         events = parser.push(delta.text, final=delta.finish_reason is not None)
         if delta.finish_reason == "stop" and parser.complete and not self._named:
             delta = replace(delta, finish_reason="tool_calls")
+            self._call.ended_by_calls(delta.index)
         return events, delta
 
 

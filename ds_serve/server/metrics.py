@@ -122,6 +122,10 @@ class Call:
         self._watches.append(watch)
         return watch
 
+    def ended_by_calls(self, index: int) -> None:
+        """What a request gave until it stopped was calls of tools."""
+        self._watches[-1].end(index, "tool_calls")
+
     def end(self, method: str, route: str) -> None:
         """The answer is out, or cut off. route is the template of a route, not what was asked for."""
         metrics = self._metrics

@@ -16,6 +16,7 @@ from ds_serve.server.chat import calls_of
 from ds_serve.server.errors import ApiError
 from ds_serve.server.front import Front
 from ds_serve.server.generation import Delta, Prompt
+from ds_serve.server.metrics import Call
 from ds_serve.server.replies import reply
 from ds_serve.server.responses_output import CallItem, Event, TextItem
 from ds_serve.server.responses_protocol import ResponsesBody, in_our_words
@@ -31,19 +32,23 @@ async def responses(front: Front, body: ResponsesBody, http: Request) -> Respons
     with in_our_words():
         calls = calls_of(front, chat) if chat.may_call else None
         prompt = await front.chat_prompt(chat, client, calls)
-    return await reply(http, chat, client, ResponseShape(front, body, prompt, calls), [prompt])
+    shape = ResponseShape(front, body, prompt, calls, http.state.call)
+    return await reply(http, chat, client, shape, [prompt])
 
 
 class ResponseShape:
     """One response, as far as it has come: text is a message, and each call an item of its own."""
 
-    def __init__(self, front: Front, body: ResponsesBody, prompt: Prompt, calls: Calls | None) -> None:
+    def __init__(
+        self, front: Front, body: ResponsesBody, prompt: Prompt, calls: Calls | None, call: Call
+    ) -> None:
         self.id = f"resp_{uuid.uuid4().hex}"
         self.codec = front.codec
         self._model_name = front.model_name
         self._body = body
         self._params = prompt.params
         self._parser = None if calls is None else calls.parser()
+        self._call = call
         self._created = int(time.time())
         self._sequence_number = 0
         self._items: list[TextItem | CallItem] = []
@@ -88,6 +93,8 @@ class ResponseShape:
             events = []
             for told in self._parser.push(delta.text, final=delta.finish_reason is not None):
                 events += self._take_text(told, []) if isinstance(told, str) else self._take_call(told)
+            if delta.finish_reason == "stop" and self._parser.complete:
+                self._call.ended_by_calls(delta.index)
             return events
         pairs = () if delta.logprobs is None else zip(delta.token_ids, delta.logprobs, strict=True)
         logprobs = [logprob_entry(self.codec, token, entry) for token, entry in pairs]
