@@ -92,7 +92,8 @@ def draw_sweep(path: Path, parameter: str, steps: list[tuple[float, Run]], best:
             _curve(axes[place, 0], levels, values, _COLORS[goal.metric])
             axes[place, 0].axhline(1000 * goal.limit, color=_RED, linewidth=1, linestyle="--")
             axes[place, 0].set_title(f"{goal.stat} of {_TITLES[goal.metric]}, ms (goal: {goal.text})")
-            if np.nanmax(values) > 50 * np.nanmin(values):
+            measured = [value for value in values if value == value]
+            if measured and max(measured) > 50 * min(measured):
                 axes[place, 0].set_yscale("log")
                 axes[place, 0].yaxis.set_major_formatter(_plain)
                 axes[place, 0].yaxis.set_minor_formatter("")
