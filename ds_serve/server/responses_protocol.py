@@ -53,17 +53,18 @@ class TextOptions(Body):
         return format
 
 
-class FunctionTool(Function):
-    """A function, with its fields beside the type."""
-
+class _OfFunction(Body):  # a base of its own, so that a tool of another type is told this and nothing else
     type: Literal["function"]
+
+
+class FunctionTool(Function, _OfFunction):
+    """A function, with its fields beside the type."""
 
     def as_tool(self) -> dict[str, Any]:
         return {"type": "function", "function": self.model_dump(exclude={"type"}, exclude_none=True)}
 
 
-class NamedFunction(Body):
-    type: Literal["function"]
+class NamedFunction(_OfFunction):
     name: Text
 
 
