@@ -89,11 +89,9 @@ class Front:
         """The rendered chat with its parameters; calls: what the answer may call. Raises ApiError."""
         token_ids = await self.encode_chat(body)
         if calls is None:
-            grammar = await self.grammar(body.form, client)
+            grammar = await self.grammar(body.form)
         else:
-            grammar = await self.make_grammar(
-                lambda grammars: grammars.lark(calls.grammar(), "tools"), client
-            )
+            grammar = await self.make_grammar(lambda grammars: grammars.lark(calls.grammar(), "tools"))
         with refusing():
             prompt = self._prompt(body, client, token_ids, "messages", grammar)
         return prompt if calls is None else replace(prompt, skip_special_tokens=calls.skip_special_tokens)
@@ -122,7 +120,7 @@ class Front:
     async def completion_prompts(self, body: CompletionBody, client: EngineClient) -> list[Prompt]:
         """Each prompt with its parameters. Raises ApiError."""
         prompts = []
-        grammar = await self.grammar(body.form, client)
+        grammar = await self.grammar(body.form)
         for prompt in body.prompt:
             if isinstance(prompt, str):
                 prompt = await self.encode(lambda text=prompt: self.codec.encode(text), len(prompt))
@@ -130,19 +128,19 @@ class Front:
                 prompts.append(self._prompt(body, client, prompt, "prompt", grammar))
         return prompts
 
-    async def grammar(self, form: Form | None, client: EngineClient) -> str:
+    async def grammar(self, form: Form | None) -> str:
         """The grammar of a form, "" for None. Raises ApiError."""
         if form is None:
             return ""
         name, kind, value = form
-        return await self.make_grammar(lambda grammars: getattr(grammars, kind)(value, name), client)
+        return await self.make_grammar(lambda grammars: getattr(grammars, kind)(value, name))
 
-    async def make_grammar(self, make: Callable[[Grammars], str], client: EngineClient) -> str:
+    async def make_grammar(self, make: Callable[[Grammars], str]) -> str:
         """What make makes of this model's Grammars, off the event loop, one at a time. Raises ApiError."""
 
         def work() -> str:
             if self._grammars is None:
-                self._grammars = Grammars(self.codec.tokenizer, client.info.vocab_size)
+                self._grammars = Grammars(self.codec.tokenizer)
             return make(self._grammars)
 
         with refusing():

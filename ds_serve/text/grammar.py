@@ -55,14 +55,13 @@ class GrammarError(ValueError):
 class Grammars:
     """Grammars for one model's tokenizer. What was asked for before is remembered.
 
-    vocab_size is the model's, which may be padded beyond the tokenizer's. Every method returns the string for
+    tokenizer is transformers' or the tokenizers library's. Every method returns a string for
     SamplingParams.grammar; name is the parameter that a GrammarError begins with. A check takes about a
     millisecond, of a very large schema a few hundred. One thread at a time.
     """
 
-    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self._source = tokenizer
-        self._vocab_size = vocab_size
         self._cache: OrderedDict[tuple[str, str], str] = OrderedDict()
 
     def json_schema(self, schema: Any, name: str = "response_format") -> str:
@@ -70,10 +69,6 @@ class Grammars:
         if isinstance(schema, str):
             schema = _loads(schema, name)
         return self._once("json", _dumps(schema, name), name, lambda: _schema_grammar(schema, name))
-
-    def json_object(self, name: str = "response_format") -> str:
-        """Any JSON object."""
-        return self.json_schema({"type": "object"}, name)
 
     def regex(self, pattern: str, name: str = "guided_regex") -> str:
         """Text that the pattern matches as a whole. Rust's syntax, without look-around and references."""
@@ -132,7 +127,7 @@ class Grammars:
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
-        return _make_tokenizer(self._source, self._vocab_size)
+        return _make_tokenizer(self._source)
 
 
 def json_rule(schema: Any, name: str) -> str:
@@ -140,7 +135,7 @@ def json_rule(schema: Any, name: str) -> str:
     return "%json " + json.dumps(_with_form(schema, name))
 
 
-def _make_tokenizer(tokenizer: Any, vocab_size: int) -> LLTokenizer:
+def _make_tokenizer(tokenizer: Any) -> LLTokenizer:
     """llguidance's view of a transformers tokenizer. Raises ValueError where it cannot take one."""
     backend = copy(rust_tokenizer(tokenizer))
     backend.no_padding()
@@ -148,7 +143,7 @@ def _make_tokenizer(tokenizer: Any, vocab_size: int) -> LLTokenizer:
     # An end token of no request's, so that a grammar may spell the model's own: as in worker/constraint.py.
     backend.add_special_tokens([_UNUSED_END])
     end = backend.token_to_id(_UNUSED_END)
-    return LLTokenizer(backend.to_str(), n_vocab=max(vocab_size, end + 1), eos_token=end)
+    return LLTokenizer(backend.to_str(), eos_token=end)
 
 
 def _schema_grammar(schema: Any, name: str) -> str:

@@ -29,6 +29,7 @@ from ds_serve.model.loader import load
 from ds_serve.parallel.control import Controller, Follower, Progress
 from ds_serve.parallel.grid import Grid, meet
 from ds_serve.parallel.wire import Build, Close, Leave
+from ds_serve.worker.constraint import Constraints
 from ds_serve.worker.local import LeadRank
 from ds_serve.worker.worker import Worker
 
@@ -64,7 +65,12 @@ def build_worker(
     elif here > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
     progress.phase = "loading"
-    worker = Worker(load(settings, grid), settings, grid, progress, deliver, fail)
+    constraints = None
+    if grid.place.samples:  # it reads the tokenizer while the model is loaded
+        constraints = Constraints(settings.model, trust_remote_code=settings.trust_remote_code)
+    worker = Worker(load(settings, grid), settings, grid, progress, deliver, fail, constraints)
+    if constraints is not None:
+        constraints.wait()
     progress.phase = "idle"
     return worker
 

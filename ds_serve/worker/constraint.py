@@ -3,7 +3,7 @@
 One matcher of llguidance's for each slot whose request has a grammar. All of them live on a thread of their
 own: it compiles grammars, takes in what was drawn and computes masks (llguidance lets go of the interpreter's
 lock meanwhile), so that the thread that runs steps only waits for what the device has not hidden. Knows no
-logits and no request's text; of the tokenizer it knows the files. Driven by the sampler.
+logits and no request's text; of the tokenizer it knows the files. Made by cluster.py, driven by the sampler.
 """
 
 from __future__ import annotations
@@ -31,19 +31,27 @@ UNUSED_END = "<|ds_serve end|>"
 class Constraints:
     """The grammars of any number of slots, for the model whose tokenizer lies in folder.
 
-    Token ids are below vocab_size, which may be padded beyond the tokenizer's. Calls come from one thread;
-    begin() and masks() alternate.
+    The tokenizer, which takes seconds where it is large, is read in the background from now on, or, where the
+    folder seems to have none, at the first grammar. Calls come from one thread.
     """
 
-    def __init__(self, folder: str | Path, vocab_size: int, *, trust_remote_code: bool = False) -> None:
-        self._folder, self._vocab_size, self._trusts = Path(folder), vocab_size, trust_remote_code
+    def __init__(self, folder: str | Path, *, trust_remote_code: bool = False) -> None:
+        self._folder, self._trusts = Path(folder), trust_remote_code
         self._held: set[int] = set()
         self._drawn: dict[int, list[int]] = {}
         self._masks: Future[np.ndarray] | None = None
         self._thread = ThreadPoolExecutor(1, "ds-serve-grammars")
         # Of that thread:
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
-        self._matchers: dict[int, _Matcher | None] = {}
+        self._matchers: dict[int, _Matcher | None] = {}  # None: there is no tokenizer to make one for
+        self._reading: Future[object] | None = None
+        if any(self._folder.glob("tokenizer*")):
+            self._reading = self._thread.submit(lambda: self._vocabulary)
+
+    def wait(self) -> None:
+        """Until the tokenizer has been read, well or ill."""
+        if self._reading is not None:
+            self._reading.exception()
 
     def admit(self, slot: int, params: SamplingParams, output_token_ids: list[int]) -> None:
         """A sequence with a grammar takes a slot, with the output that it has already. Compiles behind."""
@@ -60,30 +68,30 @@ class Constraints:
 
     def append(self, slots: Sequence[int], token_ids: Sequence[int]) -> None:
         """The token drawn for each slot; those without a grammar are passed over."""
-        if self._held:
-            for slot, token in zip(slots, token_ids, strict=True):
-                if slot in self._held:
-                    self._drawn.setdefault(slot, []).append(token)
+        for slot, token in zip(slots, token_ids, strict=True):
+            if slot in self._held:
+                self._drawn.setdefault(slot, []).append(token)
 
     def begin(self, slots: Sequence[int]) -> None:
         """Starts computing what those of slots that have a grammar may draw next."""
+        rows = [slot for slot in slots if slot in self._held] if self._held else []
         self._masks = None
-        if self._held:
-            rows = [slot for slot in slots if slot in self._held]
-            if rows:
-                drawn, self._drawn = self._drawn, {}
-                self._masks = self._thread.submit(self._fill, rows, drawn)
+        if rows:
+            drawn, self._drawn = self._drawn, {}
+            self._masks = self._thread.submit(self._fill, rows, drawn)
 
     def masks(self) -> np.ndarray:
         """uint32 [G, W], one row for each of begin()'s slots that has a grammar, in their order.
 
-        Bit t % 32 of word t // 32 says whether token t may be drawn. A row without any bit: none may.
+        Bit t % 32 of word t // 32 says whether token t may be drawn, and tokens beyond the last word may not.
+        A row without any bit: the grammar leaves nothing, or it failed.
         """
         if self._masks is None:
             raise RuntimeError("masks() without a begin() of a slot that has a grammar")
         return self._masks.result()
 
     def close(self) -> None:
+        """Ends the thread. May be called twice."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     # -- on the thread -------------------------------------------------------------------------
@@ -91,19 +99,20 @@ class Constraints:
     def _open(self, slot: int, params: SamplingParams, output_token_ids: list[int]) -> None:
         self._matchers[slot] = None
         try:
-            matcher = self._compile(params.grammar)
+            vocabulary = self._vocabulary
         except Exception as error:  # transformers raises what it likes over a tokenizer's files
             logger.error("grammars: the tokenizer in %s cannot be used: %s", self._folder, error)
             return
-        self._matchers[slot] = _Matcher(matcher, self._vocabulary, params.eos_token_ids)
+        matcher = self._compile(params.grammar, vocabulary)
+        self._matchers[slot] = _Matcher(matcher, vocabulary, params.eos_token_ids)
         self._matchers[slot].advance(output_token_ids)
 
-    def _compile(self, grammar: str) -> LLMatcher:
+    def _compile(self, grammar: str, vocabulary: _Vocabulary) -> LLMatcher:
         matcher = self._compiled.get(grammar)
         if matcher is None:
             # Errors in full would quote what was drawn.
             limits = LLParserLimits(verbose_errors=False)
-            matcher = LLMatcher(self._vocabulary.tokenizer, grammar, log_level=0, limits=limits)
+            matcher = LLMatcher(vocabulary.tokenizer, grammar, log_level=0, limits=limits)
             self._compiled[grammar] = matcher
             if len(self._compiled) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
@@ -112,26 +121,26 @@ class Constraints:
 
     def _fill(self, rows: list[int], drawn: dict[int, list[int]]) -> np.ndarray:
         for slot, token_ids in drawn.items():
-            matcher = self._matchers[slot]
-            if matcher is not None:
+            if (matcher := self._matchers[slot]) is not None:
                 matcher.advance(token_ids)
-        masks = np.zeros((len(rows), -(-self._vocab_size // WORD_BITS)), dtype=np.uint32)
-        for row, slot in enumerate(rows):
-            matcher = self._matchers[slot]
+        matchers = [self._matchers[slot] for slot in rows]
+        num_words = max(0 if matcher is None else matcher.vocabulary.num_words for matcher in matchers)
+        masks = np.zeros((len(rows), num_words), dtype=np.uint32)
+        for mask, matcher in zip(masks, matchers, strict=True):
             if matcher is not None:
-                masks[row] = matcher.allowed()[: masks.shape[1]]
+                matcher.allow(mask)
         return masks
 
     @cached_property
     def _vocabulary(self) -> _Vocabulary:
-        return _Vocabulary(self._folder, self._vocab_size, self._trusts)
+        return _Vocabulary(self._folder, self._trusts)
 
 
 class _Vocabulary:
     """llguidance's view of a tokenizer, read from its files."""
 
-    def __init__(self, folder: Path, vocab_size: int, trust_remote_code: bool) -> None:
-        from transformers import AutoTokenizer  # here: an engine that meets no grammar reads no tokenizer
+    def __init__(self, folder: Path, trust_remote_code: bool) -> None:
+        from transformers import AutoTokenizer  # here, since an engine may meet no grammar
 
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=trust_remote_code
@@ -142,11 +151,10 @@ class _Vocabulary:
         ids = np.array(list(backend.get_vocab(with_added_tokens=True).values()))
         # llguidance treats its end token in a way of its own, so it gets one that no request can draw.
         backend.add_special_tokens([UNUSED_END])
-        end = backend.token_to_id(UNUSED_END)
-        self.tokenizer = LLTokenizer(backend.to_str(), n_vocab=max(vocab_size, end + 1), eos_token=end)
+        self.tokenizer = LLTokenizer(backend.to_str(), eos_token=backend.token_to_id(UNUSED_END))
         self.num_words = -(-self.tokenizer.vocab_size // WORD_BITS)
-        self.named = np.zeros(self.num_words, dtype=np.uint32)  # ids that stand for something
-        np.bitwise_or.at(self.named, ids // WORD_BITS, _bit(ids))
+        self.drawable = np.zeros(self.num_words, dtype=np.uint32)
+        np.bitwise_or.at(self.drawable, ids // WORD_BITS, _bit(ids))
 
 
 class _Matcher:
@@ -157,9 +165,9 @@ class _Matcher:
     """
 
     def __init__(self, matcher: LLMatcher, vocabulary: _Vocabulary, eos_token_ids: Sequence[int]) -> None:
-        self._matcher, self._vocabulary = matcher, vocabulary
-        size = vocabulary.tokenizer.vocab_size
-        self._ends = [token for token in eos_token_ids if 0 <= token < size]
+        self.vocabulary = vocabulary
+        self._matcher = matcher
+        self._ends = [token for token in eos_token_ids if 0 <= token < vocabulary.tokenizer.vocab_size]
         self._is_over = False
 
     def advance(self, token_ids: Sequence[int]) -> None:
@@ -170,33 +178,32 @@ class _Matcher:
             if self._is_over or not self._matcher.consume_token(token):
                 return
 
-    def allowed(self) -> np.ndarray:
-        """uint32 [num_words]: the tokens that may come next; none once the grammar has failed or ended."""
-        matcher, words = self._matcher, np.zeros(self._vocabulary.num_words, dtype=np.uint32)
-        if not self._is_over:
-            matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-        if self._is_over or matcher.is_error():
-            if not self._is_over:
-                logger.warning("a grammar failed: %s", matcher.stop_reason())
-                self._is_over = True
+    def allow(self, words: np.ndarray) -> None:
+        """Sets in words, uint32 [num_words] of zeros, the tokens that may come next."""
+        matcher = self._matcher
+        if self._is_over:
+            return
+        matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        if matcher.is_error():
+            logger.warning("a grammar failed: %s", matcher.stop_reason())
+            self._is_over = True
             words[:] = 0
-            return words
-        words &= self._vocabulary.named
+            return
+        words &= self.vocabulary.drawable
         may_end = matcher.is_accepting()
         for token in self._ends:
+            word, bit = token // WORD_BITS, _bit(token)
             if may_end:
-                words[token // WORD_BITS] |= _bit(token)
-            elif words[token // WORD_BITS] & _bit(token) and not self._ends_by(token):
-                words[token // WORD_BITS] &= ~_bit(token)
-        return words
+                words[word] |= bit
+            elif words[word] & bit and not self._ends_by(token):
+                words[word] &= ~bit
 
     def _ends_by(self, token: int) -> bool:
         """Whether a grammar that spells an end token is at its end behind it."""
-        matcher = self._matcher
-        if not matcher.try_consume_tokens([token]):
+        if not self._matcher.try_consume_tokens([token]):
             return False
-        ends = matcher.is_accepting()
-        matcher.rollback(1)
+        ends = self._matcher.is_accepting()
+        self._matcher.rollback(1)
         return ends
 
 

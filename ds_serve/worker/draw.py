@@ -147,8 +147,9 @@ def true_entries(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def unset_bits(words: np.ndarray, size: int, device: torch.device) -> torch.Tensor:
-    """bool [G, size] on the device: where bit t % 32 of word t // 32 of words, uint32 [G, W], is 0."""
-    words = np.invert(words)
+    """bool [G, size] on the device: where bit t % 32 of word t // 32 of words, uint32 [G, W], is no 1."""
+    missing = max(0, -(-size // 32) - words.shape[1])
+    words = np.invert(np.pad(words, ((0, 0), (0, missing))))
     if device.type == "cpu":
         bits = np.unpackbits(words.astype("<u4", copy=False).view(np.uint8), 1, size, "little")
         return torch.from_numpy(bits.view(np.bool_))

@@ -48,7 +48,8 @@ TIMED_ROUNDS = 3
 class Worker:
     """step() maps a plan to its result. Steps must come in the order in which they were planned.
 
-    deliver gets the results of copies, fail the copier's error: on the copier's thread.
+    deliver gets the results of copies, fail the copier's error: on the copier's thread. constraints are there
+    where the place samples.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Worker:
         progress: Progress,
         deliver: Callable[[CopyResult], None],
         fail: Callable[[BaseException], None],
+        constraints: Constraints | None,
     ) -> None:
         self.model, self.place = model, grid.place
         self._grid = grid
@@ -82,9 +84,6 @@ class Worker:
         self._slots = SlotTable(settings.max_num_seqs, self.max_model_len, settings.block_size)
         self._sampler: Sampler | None = None
         if grid.place.samples:
-            constraints = Constraints(
-                settings.model, model.vocab_size, trust_remote_code=settings.trust_remote_code
-            )
             self._sampler = Sampler(settings.max_num_seqs, model.vocab_size, model.device, constraints)
         logger.info(
             "KV cache: %d blocks of %d tokens (%d tokens, %.2f GiB)",
