@@ -1,4 +1,4 @@
-"""uvicorn's HTTP connection with two limits that it does not have: on slow arrivals, and on slow readers.
+"""uvicorn's HTTP connection with limits that it does not have: slow arrivals, slow readers, long heads.
 
 Knows uvicorn's protocol classes (h11's, or httptools' where that is installed) and transports; nothing of
 requests' content. run.py hands it to uvicorn.
@@ -10,6 +10,8 @@ import asyncio
 from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+MAX_HEAD_BYTES = 32 * 1024  # of a request's line and headers; more are a 400
 
 
 class Connection(AutoHTTPProtocol):
@@ -30,6 +32,7 @@ class Connection(AutoHTTPProtocol):
         self._arrival: asyncio.TimerHandle | None = None
         self._stall: asyncio.TimerHandle | None = None
         self._unsent = 0
+        self._head_bytes: int | None = None  # so far, where a head has begun; h11 counts for itself
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -41,12 +44,24 @@ class Connection(AutoHTTPProtocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        if self._head_bytes is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self.send_400_response("The request's head is too long.")
         is_answering = self.cycle is not None and not self.cycle.response_complete
         if not is_answering and self._arrival is None:
             self._await_head()
         elif is_answering and self._arrival is not None:
             self._arrival.cancel()
             self._arrival = None
+
+    def on_message_begin(self) -> None:  # httptools' parser calls this one and the next
+        self._head_bytes = 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._head_bytes = None
+        super().on_headers_complete()
 
     def pause_writing(self) -> None:
         super().pause_writing()

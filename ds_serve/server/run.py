@@ -27,7 +27,7 @@ from ds_serve.config import SECRETS, Settings
 from ds_serve.messages import EngineInfo
 from ds_serve.server.accesslog import RequestLog, log_to_stderr
 from ds_serve.server.app import create_app, package_version
-from ds_serve.server.connection import Connection
+from ds_serve.server.connection import MAX_HEAD_BYTES, Connection
 from ds_serve.server.front import Front
 from ds_serve.server.keys import KeyRing
 from ds_serve.server.observe import start_tracing
@@ -64,7 +64,7 @@ def serve(
         defaults = GenerationDefaults.load(settings.model)
     except (OSError, ValueError) as error:
         return _failed(error)
-    _forget_secrets()
+    forget_secrets()
     _allow_connections()
     log_to_stderr(access=settings.access_log, prompts=settings.log_prompts)
     log.info("settings: %s", _describe(settings, keys))
@@ -118,6 +118,7 @@ def uvicorn_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
             arrival_timeout_s=settings.body_timeout,
             stall_timeout_s=settings.stream_stall_timeout,
         ),
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         ws="none",
         log_level="warning",
         access_log=False,
@@ -153,7 +154,7 @@ def check_tls(settings: Settings) -> None:
         raise ValueError(f"{names}, DS_SERVE_SSL_KEYFILE_PASSWORD: {error}") from None
 
 
-def _forget_secrets() -> None:
+def forget_secrets() -> None:
     """What is started from here on, the model's own code among it, does not inherit them."""
     names = {f"DS_SERVE_{name.upper()}" for name in SECRETS}
     for name in [name for name in os.environ if name.upper() in names]:
