@@ -28,3 +28,13 @@ def server(running):
     """The HTTP front over a fake engine that answers ANSWER, and has seen nothing yet."""
     running.reset()
     return running
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory):
+    """A real server on the demo model, for tests that leave it as it was."""
+    from real_server import Server
+
+    started = Server(tmp_path_factory.mktemp("real") / "log")
+    yield started
+    started.stop()
