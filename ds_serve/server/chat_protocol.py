@@ -195,6 +195,13 @@ class ChatBody(Turns, ChoicesBody):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
+    @field_validator("tool_choice", mode="before")
+    @classmethod
+    def _names_a_function(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("type", "function") != "function":
+            raise ValueError(f"the type {value['type']!r} is not supported, 'function' is")
+        return value
+
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatBody:
         if self.top_logprobs is not None and not self.logprobs:
