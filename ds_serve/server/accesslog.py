@@ -2,7 +2,8 @@
 
 Knows what passes over HTTP, and of its content only sizes and counts: neither query strings nor prompts nor
 keys. run.py puts it around the whole application; other layers and routes find the name in the
-request's state as request_id, and put there what the line shall say of the answer (STATE).
+request's state as request_id, and put there what the line shall say: the number of the key (gate.py), the
+call, which has counted tokens (observe.py), and another end of it than is seen here (connection.py).
 """
 
 from __future__ import annotations
@@ -17,9 +18,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 access_log = logging.getLogger("ds_serve.access")
 prompt_log = logging.getLogger("ds_serve.prompts")
-
-# Keys of the request's state that go into its line, where a layer or a route has set them.
-STATE = ("key", "prompt_tokens", "cached_tokens", "completion_tokens", "finish")
 
 CLIENT_CLOSED = 499  # the status of an answer that nobody waited for
 
@@ -78,7 +76,11 @@ class RequestLog:
 
 
 def _line(scope: Scope, state: dict, about: dict, seconds: float) -> str:
-    client = scope.get("client")
+    client, call = scope.get("client"), state.get("call")
+    if "key" in state:
+        about["key"] = state["key"]
+    if call is not None:
+        about |= call.summary()
     return msgspec.json.encode(
         {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -88,7 +90,6 @@ def _line(scope: Scope, state: dict, about: dict, seconds: float) -> str:
             "path": scope["path"],
             "duration_ms": round(seconds * 1000, 1),
             **about,
-            **{name: state[name] for name in STATE if name in state},
         }
     ).decode()
 

@@ -126,6 +126,20 @@ class Call:
         """What a request gave until it stopped was calls of tools."""
         self._watches[-1].end(index, "tool_calls")
 
+    def summary(self) -> dict[str, int | list[str]]:
+        """What the call had of the engine so far, as usage counts it, and the ends of its requests."""
+        watches = [watch for watch in self._watches if watch.choices]
+        if not watches:
+            return {}
+        choices = [choice for watch in watches for choice in watch.choices]
+        firsts = [choice for watch in watches for choice in watch.choices[:: watch.n]]
+        return {
+            "prompt_tokens": sum(choice.num_prompt_tokens for choice in firsts),
+            "cached_tokens": sum(choice.num_cached_tokens for choice in firsts),
+            "completion_tokens": sum(choice.num_tokens for choice in choices),
+            "finish": sorted({choice.end for choice in choices}),
+        }
+
     def end(self, method: str, route: str) -> None:
         """The answer is out, or cut off. route is the template of a route, not what was asked for."""
         metrics = self._metrics
@@ -162,10 +176,12 @@ class RequestWatch:
         self._started = started
         self._trace = trace
         self.choices: list[Choice] = []
+        self.n = 1
 
     def begin(self, call_id: str, requests: Sequence[Request], n: int = 1) -> None:
         """These go to the engine now, n for each prompt; index counts them below."""
         self.choices = [Choice() for _ in requests]
+        self.n = n
         if self._trace is not None:
             self._trace.begin(call_id, requests, n)
 

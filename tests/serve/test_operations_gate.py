@@ -334,7 +334,7 @@ def test_a_request_keeps_its_name(server):
 
 
 def test_a_line_for_each_request(locked, lines):
-    secret = {"model": "fake", "prompt": "hello secret", "max_tokens": 3}
+    secret = {"model": "fake", "prompt": "hello secret", "max_tokens": 3, "n": 2}
     headers = KEY | {"X-Request-Id": "mine"}
     answer = locked.http.post("/v1/completions?q=secret", json=secret, headers=headers)
     locked.http.post("/v1/completions", json=secret | {"stream": True}, headers=KEY).read()
@@ -343,12 +343,14 @@ def test_a_line_for_each_request(locked, lines):
     until(lambda: len(lines) == 4)
     one, stream, missing, stranger = lines
     assert one.pop("time").endswith("+00:00") and one.pop("duration_ms") > 0
-    for name in ("prompt_tokens", "cached_tokens", "completion_tokens", "finish"):
-        one.pop(name, None)
+    usage = answer.json()["usage"]
     assert one == {
         "request_id": "mine", "client": "127.0.0.1", "method": "POST", "path": "/v1/completions",
         "status": 200, "bytes": len(answer.content), "end": "complete", "key": 1,
+        "prompt_tokens": usage["prompt_tokens"], "cached_tokens": 2, "completion_tokens": 6,
+        "finish": ["length"],
     }  # fmt: skip
+    assert "finish" not in missing
     assert (stream["status"], stream["end"]) == (200, "complete") and stream["bytes"] > 100
     assert (missing["path"], missing["status"]) == ("/v1/models/a\nb", 404)
     assert (stranger["status"], stranger["key"]) == (401, 0)
