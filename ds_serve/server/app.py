@@ -16,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from ds_serve.config import Settings
+from ds_serve.server import responses_reply
 from ds_serve.server.accesslog import CLIENT_CLOSED
 from ds_serve.server.chat import chat_completions
 from ds_serve.server.chat_protocol import ChatBody
@@ -84,8 +85,9 @@ def _add_openai_routes(app: FastAPI, front: Front) -> None:
     async def create_chat_completion(body: ChatBody, http: Request) -> Response:
         return await chat_completions(front, body, http)
 
-    @app.post("/v1/responses")
+    @app.post("/v1/responses", responses=responses_reply.DOCUMENTED)
     async def create_response(body: ResponsesBody, http: Request) -> Response:
+        """One answer, as OpenAI's newer API words it. Nothing is stored: send the whole conversation."""
         return await responses(front, body, http)
 
     @app.delete("/v1/cache/{prompt_cache_key:path}", status_code=204)
@@ -131,7 +133,7 @@ def _add_service_routes(app: FastAPI, front: Front) -> None:
         text, content_type = front.metrics.exposition(http.headers.get("accept", ""), families)
         return Response(text, headers={"Content-Type": content_type})
 
-    readiness = Readiness(front)
+    readiness = app.state.readiness = Readiness(front)
 
     @app.get("/ready")
     async def ready() -> Response:

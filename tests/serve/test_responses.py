@@ -8,6 +8,8 @@ from fake_server import ANSWER, Server, error_of, until
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from ds_serve.server.responses_reply import ResponseReply
+
 EVENT = TypeAdapter(ResponseStreamEvent)
 
 
@@ -27,13 +29,19 @@ def create(server, **body):
     return server.openai.responses.create(**({"model": "fake", "input": "hello"} | body))
 
 
+def check(answer):
+    """It is what OpenAI's types say, and what our document says."""
+    Response.model_validate(answer.to_dict())
+    ResponseReply.model_validate(answer.to_dict())
+
+
 def prompts(server):
     return [server.codec.decode(request.prompt_token_ids, False) for request in server.engine.requests]
 
 
 def test_answer(server):
     answer = create(server, temperature=0.5, metadata={"a": "b"}, user="u")
-    Response.model_validate(answer.to_dict())
+    check(answer)
     assert answer.output_text == ANSWER and answer.status == "completed" and answer.id.startswith("resp_")
     assert (answer.model, answer.temperature, answer.metadata, answer.store) == (
         "fake",
@@ -75,6 +83,13 @@ def test_events_have_names_and_no_end_mark(server):
     events = [event.split("\n") for event in text.removesuffix("\n\n").split("\n\n")]
     assert events[0][0] == "event: response.created" and events[-1][0] == "event: response.completed"
     assert all(len(event) == 2 and event[1].startswith('data: {"type":') for event in events)
+
+
+def test_the_openapi_document_has_the_reply(server):
+    route = server.http.get("/openapi.json").json()["paths"]["/v1/responses"]["post"]
+    content = route["responses"]["200"]["content"]
+    assert content["application/json"]["schema"]["$ref"].endswith("/ResponseReply")
+    assert "text/event-stream" in content and "stored" in route["description"]
 
 
 # -- what is asked -----------------------------------------------------------------------------
@@ -128,6 +143,7 @@ def test_an_answer_cut_short_is_incomplete(server, stream):
         *_, item, event = answer
         assert event.type == "response.incomplete" and item.item.status == "incomplete"
         answer = event.response
+    check(answer)
     assert (answer.status, answer.incomplete_details.reason) == ("incomplete", "max_output_tokens")
     assert answer.output_text == server.codec.decode(server.codec.encode(ANSWER)[:2])
     assert answer.usage.output_tokens == 2 and answer.output[0].status == "incomplete"
@@ -152,6 +168,7 @@ def test_logprobs(server, stream):
             EVENT.validate_python(event.to_dict())
         answer = events[-1].response
         told = [entry for e in events if e.type == "response.output_text.delta" for entry in e.logprobs]
+        check(answer)
         assert [entry.token for entry in told] == [e.token for e in answer.output[0].content[0].logprobs]
     entries = answer.output[0].content[0].logprobs
     assert b"".join(bytes(entry.bytes) for entry in entries).decode() == ANSWER
@@ -251,6 +268,7 @@ def test_engine_death_fails_the_response(codec, tmp_path):
         server.engine._leaving = "out of memory"
         last = list(stream)[-1]
         EVENT.validate_python(last.to_dict())
+        check(last.response)
         assert last.type == "response.failed" and last.response.status == "failed"
         assert last.response.error.code == "server_error" and "out of memory" in last.response.error.message
         with pytest.raises(openai.InternalServerError, match="out of memory"):

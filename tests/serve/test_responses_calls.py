@@ -10,6 +10,8 @@ from openai import pydantic_function_tool
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
+from ds_serve.server.responses_reply import ResponseReply
+
 EVENT = TypeAdapter(ResponseStreamEvent)
 TEMPLATE = (
     "{% if tools %}<tool_call> {{ tools | tojson }};{% endif %}"
@@ -53,6 +55,7 @@ def test_text_and_calls_are_items_of_their_own(server):
     server.reply = lambda request: server.codec.encode(TWO)
     answer = create(server)
     Response.model_validate(answer.to_dict())
+    ResponseReply.model_validate(answer.to_dict())
     text, rome, oslo = answer.output
     assert text.type == "message" and answer.output_text == "Let me see."
     assert (rome.type, rome.name, json.loads(rome.arguments)) == (
