@@ -55,6 +55,8 @@ def calls_of(front: Front, body: ChatBody) -> Calls:
 class ChatShape(Envelope):
     def __init__(self, front: Front, body: ChatBody) -> None:
         super().__init__(front, body, "chatcmpl", "chat.completion", "chat.completion.chunk")
+        if body.service_tier is not None:
+            self._rest["service_tier"] = "default"
 
     def choice(self, whole: Delta) -> dict:
         message = {"role": "assistant", "content": whole.text, "refusal": None}

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from ds_serve.server.protocol import Body, ChoicesBody, Text
+from ds_serve.server.protocol import AccountFields, Body, ChoicesBody, Text
 
 MAX_TOOLS = 128
 
@@ -184,14 +184,15 @@ class Turns(Body):
         return [tool.for_template() for tool in self.tools] or None
 
 
-class ChatBody(Turns, ChoicesBody):
+class ChatBody(Turns, AccountFields, ChoicesBody):
     """POST /v1/chat/completions."""
 
     tool_choice: ToolChoice = Field(
         "auto", description="none: tools are shown to the model, and text that looks like a call stays text"
     )
     parallel_tool_calls: bool = Field(True, description="whether an answer may have several calls")
-    max_completion_tokens: int | None = None
+    max_completion_tokens: int | None = Field(None, ge=1)
+    modalities: list[Literal["text"]] = Field(["text"], min_length=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
 

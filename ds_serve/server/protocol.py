@@ -40,6 +40,15 @@ class Body(BaseModel):
 
 class StreamOptions(Body):
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class AccountFields(Body):
+    """What clients say of their account with OpenAI, taken where it asks for what is so anyway."""
+
+    store: Literal[False] = Field(False, description="nothing is stored")
+    service_tier: Literal["auto", "default"] | None = Field(None, description="there is one: default")
+    safety_identifier: Text | None = Field(None, max_length=128, description="informational only")
 
 
 class JsonSchema(Body):
@@ -205,6 +214,7 @@ class CompletionBody(ChoicesBody):
 
     prompt: list[Text] | list[list[int]]
     logprobs: int | None = None
+    best_of: int | None = Field(None, description="n: none are made beside those that are returned")
     echo: bool = Field(
         False, description="begin each text with its prompt; with logprobs also those of the prompt's tokens"
     )
@@ -220,6 +230,12 @@ class CompletionBody(ChoicesBody):
             if all(isinstance(item, str) for item in value) or all(map(_are_ids, value)):
                 return value
         raise ValueError("must be a string, token ids, or a non-empty list of either")
+
+    @model_validator(mode="after")
+    def _all_are_returned(self) -> CompletionBody:
+        if self.best_of not in (None, self.n):
+            raise ValueError(f"best_of: must be n ({self.n}), got {self.best_of}")
+        return self
 
     @model_validator(mode="after")
     def _echo_goes_with_the_rest(self) -> CompletionBody:

@@ -15,7 +15,7 @@ from pydantic import Discriminator, Field, Tag, ValidationError, field_validator
 
 from ds_serve.server.chat_protocol import MAX_TOOLS, ChatBody, Function
 from ds_serve.server.errors import ApiError, from_validation
-from ds_serve.server.protocol import Body, Form, GenerationBody, ResponseFormat, Text
+from ds_serve.server.protocol import AccountFields, Body, Form, GenerationBody, ResponseFormat, Text
 from ds_serve.server.responses_items import Input, as_messages
 
 LOGPROBS = "message.output_text.logprobs"
@@ -78,7 +78,7 @@ class ResponseStreamOptions(Body):
     include_obfuscation: Literal[False] = False
 
 
-class ResponsesBody(GenerationBody):
+class ResponsesBody(AccountFields, GenerationBody):
     """POST /v1/responses. Nothing is stored: each call brings the whole conversation."""
 
     input: Input
@@ -95,11 +95,8 @@ class ResponsesBody(GenerationBody):
         dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)]],
         Field(max_length=16, description="comes back with the reply, and goes nowhere else"),
     ] = {}
-    safety_identifier: Text | None = Field(None, max_length=128, description="informational only")
-    store: Literal[False] = Field(False, description="nothing is stored")
     background: Literal[False] = False
     truncation: Literal["disabled"] = "disabled"
-    service_tier: Literal["auto", "default"] = Field("auto", description="there is one: default")
     chat_template_kwargs: dict[str, Any] = {}
 
     @model_validator(mode="after")

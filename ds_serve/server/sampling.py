@@ -73,11 +73,12 @@ def _max_tokens(body: ChatBody | CompletionBody, info: EngineInfo, num_prompt_to
     if asked is None:
         return min(COMPLETION_MAX_TOKENS, left) if isinstance(body, CompletionBody) else left
     if asked > left:
+        name = "max_tokens" if body.max_tokens is not None else "max_completion_tokens"
         raise ApiError(
             400,
-            f"max_tokens: {asked} after a prompt of {num_prompt_tokens} tokens is too long; "
+            f"{name}: {asked} after a prompt of {num_prompt_tokens} tokens is too long; "
             f"prompt and output together may have {info.max_model_len} at most",
-            param="max_tokens",
+            param=name,
             code="context_length_exceeded",
         )
     return asked
