@@ -58,7 +58,8 @@ class Client:
             async with self._session.get(url, timeout=aiohttp.ClientTimeout(_LOOK_TIMEOUT_S)) as response:
                 data = await response.read()
                 if response.status != 200:
-                    raise Unreachable(f"{url} answers {response.status}: {_refusal(data)}")
+                    hint = "" if self._url.endswith("/v1") else " (most URLs end in /v1)"
+                    raise Unreachable(f"{url} answers {response.status}: {_refusal(data)}{hint}")
                 return [card["id"] for card in msgspec.json.decode(data)["data"]]
         except (aiohttp.ClientError, TimeoutError) as error:
             raise Unreachable(f"{url}: {_readable(error)}") from error

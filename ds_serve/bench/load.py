@@ -18,6 +18,10 @@ Send = Callable[[Record, bytes], Awaitable[None]]
 Body = Callable[[int], bytes]
 
 
+class WarmUpFailed(Exception):
+    """No request of the warm-up succeeded; says why the last did not."""
+
+
 class Load:
     """One measured run. records has every request that was sent, in order; started is perf_counter's time."""
 
@@ -43,13 +47,13 @@ class Load:
         await self._measured(self._open(islice(times, requests), duration, at_once))
 
     async def warm_up(self, requests: int, concurrency: int) -> None:
-        """Sends requests of negative numbers that leave no record. Raises RuntimeError where all fail."""
+        """Sends requests of negative numbers that leave no record. Raises WarmUpFailed where all fail."""
         load = Load(self._send, lambda index: self._body(-1 - index), prompts_each=self._prompts_each)
         await load.closed(concurrency, requests)
         self.interrupted = load.interrupted
         if not load.interrupted and load.failed == requests:
             last = load.records[-1]
-            raise RuntimeError(f"all {requests} warm-up requests failed: {last.kind}: {last.detail}")
+            raise WarmUpFailed(f"all {requests} warm-up requests failed: {last.kind}: {last.detail}")
 
     async def _measured(self, driving: Awaitable[None]) -> None:
         self.started = perf_counter()

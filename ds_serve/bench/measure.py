@@ -6,6 +6,7 @@ ask for runs and report them.
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +75,7 @@ async def measure(
     goals: tuple[Goal, ...] = (),
     name: str = "bench",
 ) -> Run:
-    """Warm-up, then one measured run. Raises RuntimeError where no warm-up request succeeds."""
+    """Warm-up, then one measured run. Raises WarmUpFailed where no warm-up request succeeds."""
     route = endpoint(options, target.model)
     workload = Workload(options, material, route)
     send = client.sender(route, streams=options.streams).send
@@ -82,6 +83,9 @@ async def measure(
     at_once = options.concurrency or DEFAULT_CONCURRENCY
     if options.warmup:
         await load.warm_up(options.warmup, at_once)
+    workload.prepare()
+    gc.collect()
+    gc.freeze()  # what is there by now is not looked through again in the middle of the run
     before = await accounts.totals(client.page)
     if not load.interrupted:
         async with progress(load, options.progress, workload.requests, options.duration, name):

@@ -55,6 +55,7 @@ def _make_folder(name: str) -> None:
 
 async def _bench(options: Options) -> int:
     from ds_serve.bench.client import Client, Unreachable
+    from ds_serve.bench.load import WarmUpFailed
     from ds_serve.bench.measure import look
     from ds_serve.bench.mission import mission
     from ds_serve.bench.workload import material
@@ -69,11 +70,9 @@ async def _bench(options: Options) -> int:
             if options.sweep is not None:
                 return await _sweep(client, target, options, drawn)
             return await _single(client, target, options, drawn)
-        except Unreachable as error:
+        except (Unreachable, WarmUpFailed) as error:
             print(f"ds-serve bench: {error}", file=sys.stderr)
-        except RuntimeError as error:  # no warm-up request succeeded
-            print(f"ds-serve bench: {error}", file=sys.stderr)
-        return MISSED
+            return MISSED
 
 
 def _announce(options: Options, target: Target, drawn: Material) -> None:

@@ -16,6 +16,7 @@ from ds_serve.bench.prompts import FilePrompts, RandomPrompts, Source, TraceProm
 from ds_serve.bench.traces import TraceRow, read_trace
 
 DEFAULT_VOCAB = 1000
+_PREPARED_BYTES = 128 * 2**20
 _INPUT, _OUTPUT = Lengths("fixed", 128), Lengths("fixed", 64)
 
 
@@ -61,9 +62,22 @@ class Workload:
 
     def __init__(self, options: Options, material: Material, endpoint: Endpoint) -> None:
         self._options, self._material, self._endpoint = options, material, endpoint
+        self._prepared: list[bytes] = []
+
+    def prepare(self) -> None:
+        """Makes bodies beforehand, so that making them delays no reading; bounded in bytes."""
+        size = 0
+        for index in range(self.requests or 0):
+            if size > _PREPARED_BYTES:
+                return
+            self._prepared.append(self._made(index))
+            size += len(self._prepared[-1])
 
     def body(self, index: int) -> bytes:
         """The body of request number index; below 0 for warm-up."""
+        return self._prepared[index] if 0 <= index < len(self._prepared) else self._made(index)
+
+    def _made(self, index: int) -> bytes:
         each, prompt = self._options.prompts_each, self._material.source.prompt
         first = index * each
         return self._endpoint.body([prompt(first + offset) for offset in range(each)])
