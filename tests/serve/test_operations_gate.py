@@ -11,10 +11,10 @@ import httpx
 import openai
 import pytest
 from fake_server import HELLO, error_of, until
-from gated_server import gated
+from gated_server import gated, line_of, logged
 
 from ds_serve.config import Settings
-from ds_serve.server.accesslog import access_log, prompt_log
+from ds_serve.server.accesslog import prompt_log
 from ds_serve.server.keys import KeyRing
 from ds_serve.server.run import forget_secrets
 
@@ -50,22 +50,9 @@ def server(limited):
 
 
 @pytest.fixture
-def lines(monkeypatch):
-    """What both loggers have written, parsed; the prompts' one only if a test turns it on."""
-    kept = []
-
-    class Keep(logging.Handler):
-        def emit(self, record):
-            kept.append(json.loads(record.getMessage()))
-
-    for logger in (access_log, prompt_log):
-        monkeypatch.setattr(logger, "handlers", [Keep()])
-        monkeypatch.setattr(logger, "propagate", False)
-    access_log.setLevel(logging.INFO)
-    prompt_log.setLevel(logging.CRITICAL)
-    yield kept
-    access_log.setLevel(logging.CRITICAL)
-    prompt_log.setLevel(logging.CRITICAL)
+def lines():
+    with logged() as kept:
+        yield kept
 
 
 # -- keys --------------------------------------------------------------------------------------
@@ -235,12 +222,11 @@ def test_slow_arrivals_are_given_up(codec, tmp_path):
 
 
 def test_a_client_that_leaves_while_it_sends_is_no_error(server, lines):
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 90\r\n\r\n{"
-    connection = talk(server, head)
-    until(lambda: server.front.door.num_open)
-    connection.close()
-    until(lambda: lines)
-    assert (lines[0]["end"], lines[0]["status"], server.front.door.num_open) == ("client_gone", 0, 0)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Request-Id: gone\r\nContent-Length: 90\r\n\r\n{"
+    with talk(server, head):
+        until(lambda: server.front.door.num_open)
+    line = line_of(lines, "gone")
+    assert (line["end"], line["status"], server.front.door.num_open) == ("client_gone", 0, 0)
 
 
 def test_a_head_without_end_is_refused(server):
@@ -335,24 +321,25 @@ def test_a_request_keeps_its_name(server):
 
 def test_a_line_for_each_request(locked, lines):
     secret = {"model": "fake", "prompt": "hello secret", "max_tokens": 3, "n": 2}
-    headers = KEY | {"X-Request-Id": "mine"}
-    answer = locked.http.post("/v1/completions?q=secret", json=secret, headers=headers)
-    locked.http.post("/v1/completions", json=secret | {"stream": True}, headers=KEY).read()
-    locked.http.get("/v1/models/a%0Ab", headers=KEY)
-    locked.http.get("/v1/models")
-    until(lambda: len(lines) == 4)
-    one, stream, missing, stranger = lines
+
+    def ask(name, method, path, **options):
+        return locked.http.request(method, path, headers=KEY | {"X-Request-Id": name}, **options)
+
+    answer = ask("one", "POST", "/v1/completions?q=secret", json=secret)
+    ask("two", "POST", "/v1/completions", json=secret | {"stream": True}).read()
+    ask("three", "GET", "/v1/models/a%0Ab")
+    locked.http.get("/v1/models", headers={"X-Request-Id": "four"})
+    one, stream, missing, stranger = (line_of(lines, name) for name in ("one", "two", "three", "four"))
     assert one.pop("time").endswith("+00:00") and one.pop("duration_ms") > 0
     usage = answer.json()["usage"]
     assert one == {
-        "request_id": "mine", "client": "127.0.0.1", "method": "POST", "path": "/v1/completions",
+        "request_id": "one", "client": "127.0.0.1", "method": "POST", "path": "/v1/completions",
         "status": 200, "bytes": len(answer.content), "end": "complete", "key": 1,
         "prompt_tokens": usage["prompt_tokens"], "cached_tokens": 2, "completion_tokens": 6,
         "finish": ["length"],
     }  # fmt: skip
-    assert "finish" not in missing
     assert (stream["status"], stream["end"]) == (200, "complete") and stream["bytes"] > 100
-    assert (missing["path"], missing["status"]) == ("/v1/models/a\nb", 404)
+    assert (missing["path"], missing["status"]) == ("/v1/models/a\nb", 404) and "finish" not in missing
     assert (stranger["status"], stranger["key"]) == (401, 0)
     assert "secret" not in str(lines) and "key-" not in str(lines) and "hello" not in str(lines)
 
@@ -361,22 +348,23 @@ def test_the_line_of_a_client_that_left(server, lines):
     server.engine.step_s = 0.02
     server.reply = lambda request: [30] * 50
     body = {"model": "fake", "prompt": "x", "stream": True, "max_tokens": 50}
-    with server.http.stream("POST", "/v1/completions", json=body) as response:
+    headers = {"X-Request-Id": "left"}
+    with server.http.stream("POST", "/v1/completions", json=body, headers=headers) as response:
         next(response.iter_lines())
-    until(lambda: lines)
-    assert (lines[0]["end"], lines[0]["status"]) == ("client_gone", 200)
+    line = line_of(lines, "left")
+    assert (line["end"], line["status"], line["finish"]) == ("client_gone", 200, ["abort"])
     until(lambda: server.engine.aborted)
 
 
 def test_prompts_are_logged_only_where_asked(server, lines):
-    server.post("completions", prompt="hello prompt")
-    until(lambda: len(lines) == 1)
+    def ask(name):
+        body = {"model": "fake", "prompt": "hello prompt"}
+        server.http.post("/v1/completions", json=body, headers={"X-Request-Id": name})
+        return line_of(lines, name)
+
+    assert "body" not in ask("quiet")
     prompt_log.setLevel(logging.INFO)
-    server.post("completions", prompt="hello prompt")
-    until(lambda: len(lines) == 3)
-    line = next(line for line in lines if "body" in line)
-    assert json.loads(line["body"])["prompt"] == "hello prompt"
-    assert line["request_id"] == lines[-1]["request_id"]
+    assert json.loads(ask("loud")["body"])["prompt"] == "hello prompt"
 
 
 # -- CORS --------------------------------------------------------------------------------------
