@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from ds_serve.server.protocol import AccountFields, Body, ChoicesBody, Text
+from ds_serve.server.protocol import AccountFields, Body, ChoicesBody, JsonObject, Text, shallow
 
 MAX_TOOLS = 128
 
@@ -110,7 +110,7 @@ class Function(Body):
 
     name: FunctionName
     description: Text | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: JsonObject | None = None
     strict: bool = Field(True, description="calls are valid against parameters in any case")
 
 
@@ -151,7 +151,7 @@ class Turns(Body):
 
     messages: list[Message] = Field(min_length=1)
     tools: list[Tool] = Field([], min_length=1, max_length=MAX_TOOLS)
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: JsonObject = {}
     add_generation_prompt: bool | None = Field(
         None, description="opens the assistant's turn; default: unless continue_final_message"
     )
@@ -244,4 +244,4 @@ def _object(text: str) -> dict[str, Any]:
         raise ValueError(f"must be JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"must be a JSON object, got {type(value).__name__}")
-    return value
+    return shallow(value)

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024  # each; the search for a beginning of one grows with its square
 MAX_CACHE_KEY_CHARS = 256
+MAX_DEPTH = 100  # of a JSON value that goes on to a template or a grammar
 
 
 def _encodable(text: str) -> str:
@@ -25,6 +26,24 @@ def _encodable(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
+
+
+def shallow(value: Any) -> Any:
+    """Raises ValueError for JSON so deep that a library, or its recursion, would give up on it."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for each in level
+            if isinstance(each, list | dict)
+            for child in (each.values() if isinstance(each, dict) else each)
+        ]
+        if not level:
+            return value
+    raise ValueError(f"must not be nested deeper than {MAX_DEPTH} levels")
+
+
+JsonObject = Annotated[dict[str, Any], AfterValidator(shallow)]
 
 
 class Body(BaseModel):

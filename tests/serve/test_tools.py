@@ -1,5 +1,7 @@
 """Tool calls in chat completions, as clients see them: the HTTP front over a fake engine that answers so."""
 
+import json
+
 import msgspec
 import openai
 import pytest
@@ -204,6 +206,13 @@ def call(arguments="{}", **function):
     return {"role": "assistant", "tool_calls": [{"id": "a", "type": "function", "function": function}]}
 
 
+def nested(depth):
+    value = {}
+    for _ in range(depth):
+        value = {"properties": {"a": value}}
+    return value
+
+
 TOOL = {"tools": [tool()]}
 REFUSED = [
     ({"tools": [tool(name="no blanks")]}, "tools", "pattern"),
@@ -215,6 +224,8 @@ REFUSED = [
     ({"tools": [tool(parameters={"type": "array"})]}, "tools", "schema of an object"),
     ({"tools": [tool(parameters={"properties": {"a": {"type": "text"}}})]}, "tools", "text"),
     ({"tools": [tool(), tool(name="g", parameters={"if": {}})]}, "tools", "tools[1].function.parameters"),
+    ({"tools": [tool(parameters=nested(60))]}, "tools", "deeper than 100"),
+    ({"chat_template_kwargs": {"x": nested(60)}}, "chat_template_kwargs", "deeper than 100"),
     ({"tool_choice": "auto"}, "tool_choice", "only where tools"),
     ({"parallel_tool_calls": True}, "parallel_tool_calls", "only where tools"),
     (TOOL | {"tool_choice": "any"}, "tool_choice", "'required'"),
@@ -230,6 +241,7 @@ REFUSED = [
     ({"messages": [call("[]")]}, "messages", "must be a JSON object, got list"),
     ({"messages": [call('{"a": NaN}')]}, "messages", "must be JSON"),
     ({"messages": [call("[" * 100_000)]}, "messages", "must be JSON"),
+    ({"messages": [call(json.dumps(nested(60)))]}, "messages", "deeper than 100"),
     ({"messages": [call(name="")]}, "messages", "pattern"),
     ({"messages": [HELLO[0] | {"tool_calls": call()["tool_calls"]}]}, "messages", "role is 'assistant'"),
     ({"messages": [{"role": "assistant", "tool_calls": []}]}, "messages", "at least 1"),
