@@ -163,12 +163,12 @@ async def _sweep(client: Client, target: Target, options: Options, drawn: Materi
         step = _at_level(options, level)
         name = f"{levels.parameter} {level:g}"
         done = await measure(client, target, step, drawn.reseeded(len(steps)), goals=goals, name=name)
-        steps.append((level, done))
-        print(f"{name}: {'; '.join(map(str, done.verdicts))}", flush=True)
         if options.out is not None:
             save(Path(options.out) / f"{levels.parameter}-{level:g}", step, target, done, plot=False)
         if done.load.interrupted:
             raise _Interrupted
+        steps.append((level, done))
+        print(f"{name}: {'; '.join(map(str, done.verdicts))}", flush=True)
         return done.met
 
     best, interrupted = None, False
@@ -176,7 +176,6 @@ async def _sweep(client: Client, target: Target, options: Options, drawn: Materi
         best = await highest_good(levels, is_good)
     except _Interrupted:
         interrupted = True
-        steps.pop()
     if steps:
         table = [(level, done.summary, done.verdicts) for level, done in steps]
         print(f"\n{sweep_table(levels.parameter, table)}")
