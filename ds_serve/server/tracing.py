@@ -110,7 +110,7 @@ class CallTrace:
         """A span for each part of a choice's way that it has come to the end of."""
         moments = (*choice.times, choice.last)
         context = set_span_in_context(self._span)
-        for phase, start, end in zip(_PHASES, moments, moments[1:], strict=True):
+        for phase, start, end in zip(_PHASES, moments[:-1], moments[1:], strict=True):
             if start and end:
                 about = {"ds_serve.choice": index}
                 span = self._tracer.start_span(

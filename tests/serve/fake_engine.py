@@ -105,8 +105,10 @@ class FakeEngine(threading.Thread):
             num_running=len(self._open),
             num_finished=len(self.requests),
             num_pinned_blocks=3,
+            cached_tokens=8,
             cached_tokens_host=5,
             load_s=0.25,
+            stage_busy_s=[0.5],
         )
 
     def _step(self) -> None:
