@@ -15,7 +15,15 @@ from pydantic import Discriminator, Field, Tag, ValidationError, field_validator
 
 from ds_serve.server.chat_protocol import MAX_TOOLS, ChatBody, Function
 from ds_serve.server.errors import ApiError, from_validation
-from ds_serve.server.protocol import AccountFields, Body, Form, GenerationBody, ResponseFormat, Text
+from ds_serve.server.protocol import (
+    AccountFields,
+    Body,
+    Form,
+    GenerationBody,
+    JsonObject,
+    ResponseFormat,
+    Text,
+)
 from ds_serve.server.responses_items import Input, as_messages
 
 LOGPROBS = "message.output_text.logprobs"
@@ -32,7 +40,7 @@ class TextFormat(Body):
     """response_format, with the schema's fields beside the type."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
-    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
+    schema_: JsonObject | bool | None = Field(None, alias="schema")
     name: Text | None = None
     description: Text | None = None
     strict: bool | None = None
@@ -97,7 +105,7 @@ class ResponsesBody(AccountFields, GenerationBody):
     ] = {}
     background: Literal[False] = False
     truncation: Literal["disabled"] = "disabled"
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: JsonObject = {}
 
     @model_validator(mode="after")
     def _response_fields_agree(self) -> ResponsesBody:

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from ds_serve.server.responses_protocol import FunctionTool, TextOptions, ToolChoice
+
 Status = Literal["in_progress", "completed", "incomplete"]
 
 
@@ -99,10 +101,10 @@ class ResponseReply(_Reply):
     metadata: dict[str, str]
     parallel_tool_calls: bool
     safety_identifier: str | None
-    tool_choice: Any
-    tools: list[dict[str, Any]]
+    tool_choice: ToolChoice
+    tools: list[FunctionTool]
     user: str | None
-    text: dict[str, Any]
+    text: TextOptions
     temperature: float
     top_p: float
     top_logprobs: int

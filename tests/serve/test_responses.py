@@ -1,6 +1,7 @@
 """/v1/responses over a fake engine, judged by the OpenAI client and its types."""
 
 import asyncio
+import functools
 
 import openai
 import pytest
@@ -23,6 +24,7 @@ SCHEMA = {
         }
     }
 }
+DEEP = functools.reduce(lambda inner, _: {"a": inner}, range(200), {})
 
 
 def create(server, **body):
@@ -63,6 +65,8 @@ def test_stream(server):
     events = list(create(server, stream=True))
     for event in events:
         EVENT.validate_python(event.to_dict())
+        if event.type in ("response.created", "response.in_progress", "response.completed"):
+            check(event.response)
     assert [event.sequence_number for event in events] == list(range(len(events)))
     kinds = [event.type.removeprefix("response.") for event in events]
     deltas = kinds.count("output_text.delta")
@@ -226,6 +230,8 @@ def test_the_async_client(server):
         ({"reasoning": {"effort": "low"}}, "reasoning", "not supported"),
         ({"text": {"verbosity": "low"}}, "text", "not supported"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text", "json_schema"),
+        ({"chat_template_kwargs": DEEP}, "chat_template_kwargs", "nested"),
+        ({"text": {"format": SCHEMA["text"]["format"] | {"schema": DEEP}}}, "text", "nested"),
         ({"text": {"format": {"type": "json_object", "schema": {}}}}, "text", "only there"),
         (SCHEMA | {"guided_regex": "a"}, "guided_regex", "text.format"),
         ({"text": {"format": SCHEMA["text"]["format"] | {"schema": {"type": "no"}}}}, "text", "text.format"),
