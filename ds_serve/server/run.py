@@ -102,10 +102,11 @@ async def _serve(
             if tracing is not None and not stop.exit_code:
                 await asyncio.to_thread(tracing.close)
     try:
-        return await watch
+        code = await watch
     except asyncio.CancelledError:
         # A launcher that sees a rank fail ends this process too: that is a failure still.
-        return stop.exit_code if supervisor.failure is None else _failed(_for_good(supervisor.failure))
+        code = 0 if supervisor.failure is None else _failed(_for_good(supervisor.failure))
+    return code or stop.exit_code
 
 
 def uvicorn_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
@@ -196,7 +197,7 @@ async def _watch(
         info = await supervisor.wait_ready()
         print(_greeting(settings, info, front_socket), flush=True)
         await supervisor.given_up.wait()
-        return _failed(_for_good(supervisor.reason))
+        return 0 if supervisor.is_stopping else _failed(_for_good(supervisor.reason))
     except Exception as error:  # transformers raises what it likes over a tokenizer's files
         return _failed(error)
     finally:

@@ -88,6 +88,11 @@ class Supervisor:
         self._client.check()
         return self._client
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the engine's end is wanted."""
+        return self._stopping.is_set()
+
     async def start(self) -> None:
         """Starts the engine process; it loads on its own (wait_ready)."""
         self._task = asyncio.create_task(self._run())

@@ -20,12 +20,13 @@ REPOSITORY = Path(fake_engine.__file__).parents[2]
 
 # argv: fake_engine.py, model folder, port, the fake's settings, which settings.json holds in place of ours.
 PROGRAM = """
-import os, sys
+import logging, os, sys
 from ds_serve.config import Settings
 from ds_serve.launch import Launch
 from ds_serve.server import run
 from ds_serve.server.supervisor import RestartPolicy
 fake, model, port, fake_settings = sys.argv[1:]
+logging.basicConfig(level="INFO")
 class FakeSettings(Settings):
     def model_dump_json(self):
         return fake_settings
