@@ -43,7 +43,7 @@ class CallFormat:
     """
 
     name: str
-    sign: str  # in a chat template
+    signs: tuple[str, ...]  # all of them are in a chat template of this form
     key: str
     marker: str = ""
     opening: tuple[str, ...] = ("",)
@@ -63,7 +63,7 @@ FORMATS = {
     for format in (
         CallFormat(
             "hermes",
-            sign="<tool_call>",
+            signs=("<tool_call>",),
             key="arguments",
             marker="<tool_call>",
             opening=("\n",),
@@ -73,7 +73,7 @@ FORMATS = {
         ),
         CallFormat(
             "mistral",
-            sign="[TOOL_CALLS]",
+            signs=("[TOOL_CALLS]",),
             key="arguments",
             marker="[TOOL_CALLS]",
             opening=("[", " ["),
@@ -82,11 +82,11 @@ FORMATS = {
             marks=("[TOOL_CALLS]",),
             new_id=_nine_characters,  # its templates refuse others when a call comes back
         ),
-        CallFormat("llama", sign='"parameters": ', key="parameters", prelude="<|python_tag|>"),
+        CallFormat("llama", signs=("ipython", '"parameters": '), key="parameters", prelude="<|python_tag|>"),
     )
 }
 
-_REFUSED = {  # sign -> whose form it is; some of these templates have a sign of FORMATS too
+_REFUSED = {  # sign -> whose form it is; some of these templates have signs of FORMATS too
     "<|channel|>": "harmony (gpt-oss)",
     "<function=": "XML functions (Qwen3-Coder)",
     "<arg_key>": "XML arguments (GLM)",
@@ -99,7 +99,7 @@ _OTHER_PROPERTIES = {"additionalProperties", "patternProperties", "allOf", "anyO
 
 
 def call_format(name: str, template: str) -> CallFormat:
-    """The format of that name, or for "auto" the one whose sign is in the model's chat template.
+    """The format of that name, or for "auto" the one whose signs are in the model's chat template.
 
     Raises ValueError (tools: ...) where the template has no place for tools, or writes calls in another form.
     """
@@ -111,7 +111,7 @@ def call_format(name: str, template: str) -> CallFormat:
         if sign in template:
             raise ValueError(f"tools: the model writes calls in a form that is not supported: {form}")
     for format in FORMATS.values():
-        if format.sign in template:
+        if all(sign in template for sign in format.signs):
             return format
     raise ValueError("tools: the chat template's form of calls is not known; tool_format may name one")
 

@@ -43,7 +43,7 @@ ARGUMENTS = '{"city": "}\\"{Röm", "days": 2}'
     [
         ("{% if tools %}{{ '<tool_call>' }}", "hermes"),
         ("{% if tools %}{{ '[TOOL_CALLS] [' }}", "mistral"),
-        ("{% for t in tools %}{{ '\"parameters\": ' }}<|python_tag|>", "llama"),
+        ("{% for t in tools %}{{ '\"parameters\": ' }}ipython", "llama"),
     ],
 )
 def test_a_template_tells_its_form(template, name):
@@ -56,6 +56,7 @@ def test_a_template_tells_its_form(template, name):
     [
         ("{{ messages }} <tool_call> {{ toolset }}", "no place for tools"),
         ("{{ tools }}", "not known"),
+        ("{{ tools }}{{ '\"parameters\": ' }}", "not known"),
         ("{{ tools }}<tool_call>\n<function=f>", "Qwen3-Coder"),
         ("{{ tools }}<|channel|>commentary", "gpt-oss"),
         ("{{ tools }}[TOOL_CALLS]f[ARGS]{}", "Mistral"),
