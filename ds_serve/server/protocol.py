@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024  # each; the search for a beginning of one grows with its square
@@ -44,6 +52,24 @@ def shallow(value: Any) -> Any:
 
 
 JsonObject = Annotated[dict[str, Any], AfterValidator(shallow)]
+
+
+_STRING = {"type": "string", "minLength": 1}
+_STOP = {
+    "anyOf": [
+        _STRING | {"maxLength": MAX_STOP_CHARS},
+        {"type": "array", "items": _STRING | {"maxLength": MAX_STOP_CHARS}, "maxItems": MAX_STOP_STRINGS},
+    ]
+}
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_PROMPT = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        _IDS,
+        {"type": "array", "items": _IDS, "minItems": 1},
+    ]
+}
 
 
 class Body(BaseModel):
@@ -125,7 +151,7 @@ class GenerationBody(Body):
 
     model: Text
     stream: bool = False
-    stop: list[Text] = []
+    stop: Annotated[list[Text], WithJsonSchema(_STOP)] = []
     seed: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -231,7 +257,7 @@ class ChoicesBody(GenerationBody):
 class CompletionBody(ChoicesBody):
     """POST /v1/completions. prompt becomes a list of texts or of token ids."""
 
-    prompt: list[Text] | list[list[int]]
+    prompt: Annotated[list[Text] | list[list[int]], WithJsonSchema(_PROMPT)]
     logprobs: int | None = None
     best_of: int | None = Field(None, description="n: none are made beside those that are returned")
     echo: bool = Field(

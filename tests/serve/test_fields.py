@@ -3,6 +3,7 @@
 The tables name all of the client's fields, so that a newer client's fields are noticed.
 """
 
+import jsonschema
 import pytest
 from fake_server import HELLO, error_of
 from openai.types import completion_create_params as completion_params
@@ -161,3 +162,15 @@ def test_obfuscation_that_is_not_there_can_be_turned_off(server, route):
 def test_the_tier_is_told_where_it_was_asked_for(server):
     assert server.chat(service_tier="auto").service_tier == "default"
     assert server.chat().service_tier is None
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_what_is_taken_is_what_the_document_says(server, route):
+    fields, base, _ = ROUTES[route]
+    document = server.http.get("/openapi.json").json()
+    content = document["paths"][f"/v1/{route}"]["post"]["requestBody"]["content"]
+    schema = content["application/json"]["schema"] | {"components": document["components"]}
+    validator = jsonschema.Draft202012Validator(schema)
+    for field, (taken, _) in fields.items():
+        for value in taken:
+            validator.validate({"model": "fake"} | base | {field: value})
