@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install -q -c constraints.txt pip setuptools wheel
 	$(PIP) install -q -c constraints.txt torch numpy ninja packaging py-cpuinfo
 	DS_BUILD_OPS=0 $(PIP) install -q -c constraints.txt --no-build-isolation deepspeed
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[test,bench]'
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[test,bench,chat]'
 	touch $@
 
 run: install

@@ -1,4 +1,4 @@
-"""The command line: ds-serve serve | generate | bench.
+"""The command line: ds-serve serve | generate | bench | chat.
 
 Turns flags into Settings (every setting is a flag), and starts the server or the pipeline; where these need
 several ranks and no launcher has started them, the launcher first. Heavy imports happen only in the command
@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 from ds_serve import launch
 from ds_serve.bench import arguments as bench_arguments
+from ds_serve.chat import arguments as chat_arguments
 from ds_serve.config import SECRETS, Settings
 
 DEMO = "demo"
@@ -68,6 +69,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench_arguments.add_arguments(bench)
     bench.set_defaults(command=_bench)
+    chat = commands.add_parser(
+        "chat", help="a chat page for any OpenAI-compatible URL", description=chat_arguments.DESCRIPTION
+    )
+    chat_arguments.add_arguments(chat)
+    chat.set_defaults(command=_chat)
     return parser
 
 
@@ -177,6 +183,12 @@ def _bench(args: dict) -> int:
     from ds_serve.bench.run import run
 
     args.pop("local_rank")
+    return run(args)
+
+
+def _chat(args: dict) -> int:
+    from ds_serve.chat.run import run
+
     return run(args)
 
 
