@@ -7,6 +7,7 @@ import asyncio
 import httpx
 import pytest
 from fake_server import HELLO, error_of, until
+from gated_server import gated
 from prometheus_client.registry import CollectorRegistry
 from scrapes import families, samples
 
@@ -98,6 +99,14 @@ def test_http_calls_are_counted_by_template(server, gained):
     assert gained("http_requests_total", method="other", route=COMPLETIONS, status="405") == 1
     assert gained("requests_total", route=COMPLETIONS, end="refused") == 0, "nobody asked for tokens"
     assert gained("http_open_requests") == 0
+
+
+def test_what_the_gate_turns_away_counts_by_its_route(codec, tmp_path):
+    with gated(codec, tmp_path, api_keys=["sk-hush"], open_metrics=True) as server:
+        gained = Gained(server)
+        assert server.post("completions", prompt="x").status_code == 401
+        assert gained("http_requests_total", method="POST", route=COMPLETIONS, status="401") == 1
+        assert gained("requests_total", route=COMPLETIONS, end="refused") == 1
 
 
 # -- one call's watch --------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import signal
 import socket
 import subprocess
 import sys
@@ -10,9 +11,11 @@ import threading
 import time
 from collections import defaultdict
 
+import httpx
 import pytest
 from fake_server import HELLO, Server, until
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from test_server_run import model, start, wait_ready  # noqa: F401
 
 from ds_serve.messages import Output
 from ds_serve.server.observe import start_tracing
@@ -189,6 +192,21 @@ def test_a_collector_that_never_answers_holds_up_the_end_for_a_bounded_time(monk
         tracing.provider.get_tracer("test").start_span("lost").end()
         tracing.close()
     assert "could not be sent within 0.05 s" in caplog.text
+
+
+def test_what_is_left_is_sent_before_the_end_of_a_drain(start, monkeypatch):  # noqa: F811
+    with Collector() as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
+        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "600000")
+        process = start()
+        url = wait_ready(process)
+        headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
+        body = {"model": "tiny", "prompt": "hi"}
+        assert httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=20).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(15) == 0
+        collector.shutdown()
+    assert [span.name for span in collector.spans[TRACE]] == ["POST /v1/completions"]
 
 
 def test_other_protocols_are_refused_by_the_name_of_the_variable(monkeypatch):
