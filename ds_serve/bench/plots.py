@@ -178,7 +178,7 @@ def _running(axis: Axes, done: Run) -> None:
     if failures:
         height = np.interp(failures, changes[order], np.cumsum(steps))
         axis.plot(failures, height, "x", color=_RED, markersize=5, label=f"{len(failures):,} failed")
-        axis.legend(loc="upper right")
+        axis.legend(loc="lower right", bbox_to_anchor=(1, 1))
     axis.set_title("running requests over time")
     axis.set_xlabel("seconds from the start")
     axis.set_ylim(bottom=0)
