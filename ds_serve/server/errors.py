@@ -97,4 +97,6 @@ def from_engine(error: str) -> ApiError:
         return ApiError(400, error, code="context_length_exceeded")
     if "queue is full" in error:
         return ApiError(429, error, code="queue_full", retry_after_s=1)
+    if error.startswith("no token fits the grammar"):
+        return ApiError(400, error, code="grammar_failed")
     return ApiError(500, error, code="engine_error")

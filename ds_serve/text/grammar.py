@@ -120,8 +120,8 @@ class Grammars:
         if not matcher.is_error():
             mask = np.zeros(-(-self._tokenizer.vocab_size // 32), dtype=np.int32)
             matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-            if not mask.any() or (matcher.is_stopped() and not matcher.is_accepting()):
-                raise _error(name, matcher.get_error() or "no text follows it")
+            if matcher.is_stopped() and not matcher.is_accepting():
+                raise _error(name, "no text can follow it")
         if matcher.is_error():
             raise _error(name, matcher.get_error())
 
@@ -132,7 +132,7 @@ class Grammars:
 
 def json_rule(schema: Any, name: str) -> str:
     """What stands for JSON of this schema in a Lark rule: `%json {...}`. Raises GrammarError."""
-    return "%json " + json.dumps(_with_form(schema, name))
+    return "%json " + _dumps(_with_form(schema, name), name)
 
 
 def _make_tokenizer(tokenizer: Any) -> LLTokenizer:
@@ -181,6 +181,7 @@ def _check_keywords(schema: dict[str, Any], name: str) -> None:
             elif key in _SCHEMA_IN:
                 left.append((here, value))
         _check_min_properties(path, node, name)
+        _check_bounds(path, node, name)
 
 
 def _check_min_properties(path: str, node: dict[str, Any], name: str) -> None:
@@ -190,6 +191,23 @@ def _check_min_properties(path: str, node: dict[str, Any], name: str) -> None:
         raise _error(
             name, f"minProperties: supported up to the number of required ones and 1 more (in #{path})"
         )
+
+
+def _check_bounds(path: str, node: dict[str, Any], name: str) -> None:
+    """llguidance lets an excluded whole number through where the other bound lies less than 1 from it."""
+    if node.get("type") == "integer":
+        return
+    for key, others in (
+        ("exclusiveMinimum", ("maximum", "exclusiveMaximum")),
+        ("exclusiveMaximum", ("minimum", "exclusiveMinimum")),
+    ):
+        bound = node.get(key)
+        for other in others:
+            far = node.get(other)
+            if not isinstance(bound, int | float) or not isinstance(far, int | float):
+                continue
+            if bound % 1 == 0 and 0 < abs(far - bound) < 1:
+                raise _error(name, f"{key}: {bound} is not supported beside {other} {far} (in #{path})")
 
 
 def _checked_lark(text: str, name: str) -> str:
@@ -217,6 +235,7 @@ def _dumps(schema: Any, name: str) -> str:
 
 def _error(name: str, message: str) -> GrammarError:
     text = " ".join(message.split("<non-verbose/>")[0].split())
+    text = text.encode(errors="backslashreplace").decode()  # a schema's names may hold half a surrogate pair
     if len(text) > _MAX_MESSAGE_CHARS:
         text = text[:_MAX_MESSAGE_CHARS] + " ..."
     return GrammarError(f"{name}: {text}")
