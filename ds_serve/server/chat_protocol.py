@@ -63,6 +63,7 @@ class Message(Body):
     tool_calls: list[ToolCall] = Field([], min_length=1)
     tool_call_id: Text | None = None
     parsed: Any = Field(None, description="what OpenAI's client read in content; not used")
+    provider_specific_fields: dict[Text, None] = Field({}, description="LiteLLM's; must hold nulls alone")
 
     @field_validator("content", mode="before")
     @classmethod

@@ -168,7 +168,8 @@ def test_parsed_calls_go_back_with_their_results(running, ask):
     assert weather.function.parsed_arguments == Weather(city="Röm 🙂", days=2)
     assert now.function.parsed_arguments == Now()
     results = [{"role": "tool", "tool_call_id": call.id, "content": "22"} for call in message.tool_calls]
-    for echoed in (message, message.model_dump(), message.model_dump(exclude_none=True)):
+    by_litellm = message.model_dump() | {"provider_specific_fields": {"refusal": None}}
+    for echoed in (message, message.model_dump(), message.model_dump(exclude_none=True), by_litellm):
         running.engine.requests.clear()
         running.chat(messages=[*messages, echoed, *results], tools=TOOLS)
         prompt = running.codec.decode(running.engine.requests[0].prompt_token_ids, skip_special_tokens=False)
@@ -251,6 +252,7 @@ REFUSED = [
         "content: required",
     ),
     ({"messages": [{"role": "assistant", "content": "x", "refusal": "no"}]}, "messages", "refusal"),
+    ({"messages": [call() | {"provider_specific_fields": {"a": 1}}]}, "messages", "provider_specific_fields"),
     ({"messages": [call(), {"role": "tool", "content": "1"}]}, "messages", "tool_call_id: required"),
     ({"messages": [HELLO[0] | {"tool_call_id": "a"}]}, "messages", "only there"),
     ({"messages": [call(), {"role": "tool", "content": "1", "tool_call_id": "b"}]}, "messages", "the id 'b'"),
