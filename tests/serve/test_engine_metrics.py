@@ -139,3 +139,23 @@ def test_an_engine_that_dies_while_it_is_asked_is_down():
     backend = type("Was", (), {"client": client, "num_restarts": 0})()
     found = asyncio.run(EngineScrape("1").families(backend))
     assert figures_of(found)["ds_serve_engine_up", ()] == 0
+
+
+def test_a_real_engine_fills_them(real):
+    num_tokens = real.chat(max_tokens=5).usage.completion_tokens
+    figures = samples(httpx.get(f"{real.url}/metrics", timeout=10).text)
+    for name in ("queue_seconds_sum", "prefill_seconds_sum", "time_to_first_token_seconds_sum"):
+        assert figures[f"ds_serve_{name}", ()] > 0
+    assert figures["ds_serve_output_tokens_total", ()] >= num_tokens
+    assert figures["ds_serve_prompt_tokens_total", ()] > 0
+    blocks = [
+        figures["ds_serve_kv_blocks", (("state", state), ("tier", "device"))] for state in ("used", "free")
+    ]
+    assert sum(blocks) == 256 and figures["ds_serve_kv_block_bytes", ()] > 0
+    parts = [
+        figures["ds_serve_engine_thread_seconds_total", (("part", part),)]
+        for part in ("plan", "wait", "update")
+    ]
+    active = figures["ds_serve_active_seconds_total", ()]
+    assert min(parts) > 0 and active > 0
+    assert 0 < figures["ds_serve_stage_busy_seconds_total", (("stage", "0"),)] <= active
