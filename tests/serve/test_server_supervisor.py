@@ -115,6 +115,7 @@ def test_dead_engine_is_started_again_until_the_limit(supervised):
             await asyncio.sleep(0.01)
         assert supervisor.client is not client
         await supervisor.given_up.wait()
+        assert supervisor.num_restarts == 2
 
     assert len(supervised(test, life_s=0.5, reason="lost its device")) == 3
 
