@@ -28,6 +28,17 @@ from ds_serve.server.front import Front
 from ds_serve.server.gate import add_gate
 from ds_serve.server.keys import KeyRing
 from ds_serve.server.observe import Observe, telemetry
+from ds_serve.server.openai_reply import (
+    CHAT,
+    COMPLETION,
+    METRICS,
+    HealthReply,
+    ModelCard,
+    ModelList,
+    ReadyReply,
+    VersionReply,
+)
+from ds_serve.server.openapi import document
 from ds_serve.server.protocol import MAX_CACHE_KEY_CHARS, CompletionBody
 from ds_serve.server.ready import Readiness
 from ds_serve.server.replies import ClientGone, json_reply
@@ -51,6 +62,7 @@ def create_app(front: Front, settings: Settings | None = None, keys: KeyRing | N
     _add_service_routes(app, front)
     _add_openai_routes(app, front)
     _add_error_handlers(app, front)
+    document(app, gated=settings is not None, asks_for_key=keys is not None and not keys.is_open)
     if settings is not None:
         add_gate(app, front.door, settings, keys or KeyRing())
     app.add_middleware(Observe, routes=app.routes, metrics=front.metrics, tracing=front.tracing)
@@ -68,21 +80,25 @@ def _add_openai_routes(app: FastAPI, front: Front) -> None:
             "max_model_len": info.max_model_len,
         }
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", response_model=ModelList)
     async def list_models() -> Response:
+        """The model that is served, the only one."""
         return json_reply({"object": "list", "data": [card()]})
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", response_model=ModelCard)
     async def retrieve_model(name: str) -> Response:
+        """The model of this name, if it is served."""
         front.check_model(name)
         return json_reply(card())
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=COMPLETION)
     async def create_completion(body: CompletionBody, http: Request) -> Response:
+        """Continues a prompt, or each of several."""
         return await completions(front, body, http)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=CHAT)
     async def create_chat_completion(body: ChatBody, http: Request) -> Response:
+        """Answers a chat, with text or with calls of tools."""
         return await chat_completions(front, body, http)
 
     @app.post("/v1/responses", responses=responses_reply.DOCUMENTED)
@@ -104,7 +120,7 @@ def _add_openai_routes(app: FastAPI, front: Front) -> None:
 
 
 def _add_service_routes(app: FastAPI, front: Front) -> None:
-    @app.get("/health")
+    @app.get("/health", response_model=HealthReply)
     async def health() -> Response:
         """503 while there is no engine; stats is null where the engine is busy for a second."""
         client = front.client
@@ -126,7 +142,7 @@ def _add_service_routes(app: FastAPI, front: Front) -> None:
 
     engine = EngineScrape(app.version)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=Response, responses=METRICS)
     async def metrics(http: Request) -> Response:
         """Prometheus' text, or OpenMetrics where asked for; 200 also while there is no engine."""
         families = await engine.families(front.backend)
@@ -135,14 +151,15 @@ def _add_service_routes(app: FastAPI, front: Front) -> None:
 
     readiness = app.state.readiness = Readiness(front)
 
-    @app.get("/ready")
+    @app.get("/ready", response_model=ReadyReply)
     async def ready() -> Response:
         """200 where a token has just been produced, or is for a probe; 503 with the reason anywhere else."""
         await readiness.check()
         return json_reply({"status": "ready"})
 
-    @app.get("/version")
+    @app.get("/version", response_model=VersionReply)
     async def show_version() -> Response:
+        """The version of ds_serve."""
         return json_reply({"version": app.version})
 
 

@@ -72,8 +72,24 @@ _PROMPT = {
 }
 
 
+def _nulls_are_told(schema: dict[str, Any]) -> None:
+    """Writes into a body's schema that what may be left out may be null."""
+    for name in schema.get("properties", {}).keys() - set(schema.get("required", ())):
+        field, null = schema["properties"][name], {"type": "null"}
+        if null in field.get("anyOf", ()):
+            continue
+        if "type" in field and not {"const", "enum"} & field.keys():
+            field["type"] = [field["type"], "null"]
+        else:
+            around = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
+            members = field["anyOf"] if field.keys() == {"anyOf"} else [field]
+            schema["properties"][name] = around | {"anyOf": [*members, null]}
+
+
 class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", strict=True, protected_namespaces=(), json_schema_extra=_nulls_are_told
+    )
 
     @model_validator(mode="before")
     @classmethod
