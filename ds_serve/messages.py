@@ -183,8 +183,8 @@ class Stats(_Message, tag="stats"):
     what is missing to active_s is a stage's bubble. The engine's thread spent plan_s on taking in messages,
     planning and sending steps, wait_s on waiting for results, update_s on taking them in and sending outputs.
     cached_tokens_host is the part of cached_tokens that came from the host tier; load_s the seconds of
-    num_loads plans' loads on the slowest rank; lost_blocks were evicted from the device before they were
-    stored; bytes_per_block is of all ranks together.
+    num_loads plans' loads on the slowest rank, store_s those of num_stores plans' stores; lost_blocks were
+    evicted from the device before they were stored; bytes_per_block is of all ranks together.
     """
 
     num_running: int = 0
@@ -212,6 +212,8 @@ class Stats(_Message, tag="stats"):
     failed_copies: int = 0
     load_s: float = 0.0
     num_loads: int = 0
+    store_s: float = 0.0
+    num_stores: int = 0
     evictions: int = 0
     host_evictions: int = 0
     lost_blocks: int = 0

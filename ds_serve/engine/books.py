@@ -37,6 +37,8 @@ class Totals:
     failed_copies: int = 0
     load_s: float = 0.0
     num_loads: int = 0
+    store_s: float = 0.0
+    num_stores: int = 0
 
 
 class Books:

@@ -216,6 +216,8 @@ class Scheduler:
         totals.failed_copies += len(batch.failed)
         if result.kind == "store":
             totals.stored_blocks += num_good
+            totals.store_s += batch.seconds
+            totals.num_stores += 1
             for _, pairs, failed in batch.landed():
                 self.cache.stored(pairs, failed)
             return

@@ -158,7 +158,9 @@ _STATS: list[_Row] = [
     ),
     (_counter, "kv_stored_blocks", "Blocks copied to the host", lambda s: s.stored_blocks),
     (_counter, "kv_loaded_blocks", "Blocks brought back from the host", lambda s: s.loaded_blocks),
-    (_counter, "kv_loads", "Steps' loads from the host", lambda s: s.num_loads),
+    (_counter, "kv_stores", "Plans' stores to the host", lambda s: s.num_stores),
+    (_counter, "kv_store_seconds", "Time of kv_stores on the slowest rank", lambda s: s.store_s),
+    (_counter, "kv_loads", "Plans' loads from the host", lambda s: s.num_loads),
     (_counter, "kv_load_seconds", "Time of kv_loads on the slowest rank", lambda s: s.load_s),
     (
         _counter,

@@ -115,6 +115,7 @@ def test_many_requests_from_many_threads(engine):
             stats = engine.stats()
     assert stats.num_free_blocks == 32
     assert bool(stats.stored_blocks) == bool(stats.num_host_blocks)
+    assert stats.store_s == 0.5 * stats.num_stores and stats.stored_blocks >= stats.num_stores
 
 
 def test_prompts_that_come_again_are_found_in_both_tiers(engine):
