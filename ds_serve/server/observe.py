@@ -81,8 +81,8 @@ class Observe:
             call.end(scope["method"], self._route(scope))
 
     def _route(self, scope: Scope) -> str:
-        """The template of the route that answered, or would have, where the call was refused before."""
+        """The template of the route of this path, also where the call was refused before it got there."""
         route = scope.get("route")
         if route is None:
-            route = next((each for each in self._routes if each.matches(scope)[0] is Match.FULL), None)
+            route = next((each for each in self._routes if each.matches(scope)[0] is not Match.NONE), None)
         return getattr(route, "path", _NO_ROUTE)

@@ -107,6 +107,8 @@ def test_what_the_gate_turns_away_counts_by_its_route(codec, tmp_path):
         assert server.post("completions", prompt="x").status_code == 401
         assert gained("http_requests_total", method="POST", route=COMPLETIONS, status="401") == 1
         assert gained("requests_total", route=COMPLETIONS, end="refused") == 1
+        server.http.head("/health")
+        assert gained("http_requests_total", method="HEAD", route="/health", status="200") == 1
 
 
 # -- one call's watch --------------------------------------------------------------------------
