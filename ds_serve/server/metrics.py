@@ -107,7 +107,7 @@ class _Families:
 class Call:
     """One HTTP call, from its arrival on. status is of an answer that nobody waited for until one begins."""
 
-    def __init__(self, metrics: Metrics, trace: Callable[[], Trace | None] = lambda: None) -> None:
+    def __init__(self, metrics: Metrics, trace: Callable[[], Trace | None] | None = None) -> None:
         """trace makes a call's trace, if it is to have one, once it makes requests."""
         self.started = time.monotonic()
         self.status = CLIENT_CLOSED
@@ -118,7 +118,8 @@ class Call:
 
     def watch(self) -> RequestWatch:
         """Who watches requests that this call makes."""
-        watch = RequestWatch(self._metrics, self.started, self._trace())
+        trace = None if self._trace is None else self._trace()
+        watch = RequestWatch(self._metrics, self.started, trace)
         self._watches.append(watch)
         return watch
 
@@ -156,11 +157,11 @@ class Call:
 class Choice:
     """What a watch keeps of one request. last is when its last tokens came; times are Output's."""
 
-    __slots__ = ("end", "ended_at", "last", "num_cached_tokens", "num_prompt_tokens", "num_tokens", "times")
+    __slots__ = ("end", "last", "num_cached_tokens", "num_prompt_tokens", "num_tokens", "times")
 
     def __init__(self) -> None:
         self.end = ""
-        self.ended_at = self.last = 0.0
+        self.last = 0.0
         self.num_tokens = self.num_prompt_tokens = self.num_cached_tokens = 0
         self.times = (0.0, 0.0, 0.0)
 
@@ -218,8 +219,7 @@ class RequestWatch:
             raise ValueError(f"reason: must be one of {', '.join(ENDS)}, got {reason!r}")
         choice = self.choices[index]
         if not choice.end:
-            choice.ended_at = time.monotonic()
-            self._metrics.duration.observe(choice.ended_at - self._started)
+            self._metrics.duration.observe(time.monotonic() - self._started)
             self._metrics.output_tokens.observe(choice.num_tokens)
             choice.end = reason
         elif choice.end != reason:

@@ -62,8 +62,8 @@ class Observe:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        tracing = self._tracing
-        call = Call(self._metrics, *([] if tracing is None else [partial(tracing.call, scope["path"])]))
+        trace = None if self._tracing is None else partial(self._tracing.call, scope["path"])
+        call = Call(self._metrics, trace)
         scope.setdefault("state", {})["call"] = call
 
         async def noting(message: Message) -> None:
