@@ -233,17 +233,19 @@ class GenerationBody(Body):
         return next(iter(self._forms()), None)
 
     def _forms(self) -> list[Form]:
-        newer = self.structured_outputs or StructuredOutputs.model_construct()
         forms = [
             Form("guided_json", "json_schema", self.guided_json),
             Form("guided_regex", "regex", self.guided_regex),
             Form("guided_choice", "choice", self.guided_choice),
             Form("guided_grammar", "grammar", self.guided_grammar),
-            Form("structured_outputs", "json_schema", newer.json_),
-            Form("structured_outputs", "regex", newer.regex),
-            Form("structured_outputs", "choice", newer.choice),
-            Form("structured_outputs", "grammar", newer.grammar),
         ]
+        if (newer := self.structured_outputs) is not None:
+            forms += [
+                Form("structured_outputs", "json_schema", newer.json_),
+                Form("structured_outputs", "regex", newer.regex),
+                Form("structured_outputs", "choice", newer.choice),
+                Form("structured_outputs", "grammar", newer.grammar),
+            ]
         return [form for form in forms if form.value is not None]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import logging
 import os
 import resource
@@ -194,6 +195,8 @@ async def _watch(
         front.codec = await asyncio.to_thread(
             TextCodec, settings.model, trust_remote_code=settings.trust_remote_code
         )
+        # What is imported by now is never garbage; looking through it now and then would stall all answers.
+        gc.freeze()
         info = await supervisor.wait_ready()
         print(_greeting(settings, info, front_socket), flush=True)
         await supervisor.given_up.wait()
