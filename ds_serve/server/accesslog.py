@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+log = logging.getLogger(__name__)
 access_log = logging.getLogger("ds_serve.access")
 prompt_log = logging.getLogger("ds_serve.prompts")
 
@@ -68,7 +69,9 @@ class RequestLog:
                 end = "complete"
         except Exception:
             end = "failed"
-            raise
+            log.exception("request %s failed", name)
+            if not is_whole:
+                raise  # and uvicorn closes the connection, as it would also under a whole answer
         finally:
             if access_log.isEnabledFor(logging.INFO):
                 line = {"status": status, "bytes": num_bytes, "end": state.get("end", end)}

@@ -344,6 +344,30 @@ def test_a_line_for_each_request(locked, lines):
     assert "secret" not in str(lines) and "key-" not in str(lines) and "hello" not in str(lines)
 
 
+def test_a_failure_of_ours_has_a_name_and_a_line(server, lines, monkeypatch, caplog):
+    monkeypatch.setattr(server.front, "check_model", lambda name: 1 / 0)
+    response = server.http.get("/v1/models/x", headers={"X-Request-Id": "broken"})
+    status, error = error_of(response)
+    assert (status, error.type, response.headers["x-request-id"]) == (500, "server_error", "broken")
+    assert response.headers.get("connection") != "close" and server.http.get("/version").status_code == 200
+    line = line_of(lines, "broken")
+    assert (line["status"], line["end"]) == (500, "failed")
+    [record] = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "broken" in record.getMessage() and record.exc_info[0] is ZeroDivisionError
+
+
+def test_refusals_at_the_gate_are_counted(server):
+    def refused():
+        for line in server.http.get("/metrics").text.splitlines():
+            if line.startswith("ds_serve_http_requests_total") and 'status="413"' in line:
+                return float(line.split()[-1])
+        return 0.0
+
+    before = refused()
+    server.http.post("/v1/completions", content=b"x" * (LIMIT + 1))
+    until(lambda: refused() == before + 1)
+
+
 def test_the_line_of_a_client_that_left(server, lines):
     server.engine.step_s = 0.02
     server.reply = lambda request: [30] * 50
