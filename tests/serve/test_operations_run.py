@@ -1,15 +1,18 @@
 """serve() in a process of its own: drain, second signals, keys from the environment, TLS, what it prints."""
 
 import json
+import resource
 import shutil
 import signal
 import ssl
 import subprocess
+from pathlib import Path
 
 import httpx
 import pytest
-from test_server_run import assert_nothing_left, model, start, wait_ready  # noqa: F401
+from test_server_run import assert_nothing_left, engine_pids, model, start, wait_ready  # noqa: F401
 
+from ds_serve import cli
 from ds_serve.config import Settings
 from ds_serve.server import run
 
@@ -25,8 +28,17 @@ def ended(process):
 
 def test_a_drain_lets_answers_end_and_nobody_in(start, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setenv("DS_SERVE_API_KEYS", "sk-hush,sk-quiet")
-    process = start(step_s=0.3)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))  # for what is started now
+    try:
+        process = start(step_s=0.3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     url = wait_ready(process)
+    allowed, _ = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+    assert allowed == min(hard if hard != resource.RLIM_INFINITY else 65536, 65536)
+    [engine] = engine_pids(tmp_path)
+    assert b"sk-" not in Path(f"/proc/{engine}/environ").read_bytes()
     with httpx.Client(base_url=url, headers=KEY, timeout=20) as client:  # keeps its connections
         assert client.get("/ready").status_code == 200
         with client.stream("POST", "/v1/completions", json=BODY) as answer:
@@ -110,6 +122,19 @@ def test_tls_and_a_second_signal(start, tmp_path, monkeypatch, certificate):  # 
     code, errors = ended(process)
     assert code == 128 + signal.SIGTERM and "a second signal" in errors and "hush" not in errors
     assert_nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("flag", ["--api-key", "--api-keys", "--ssl-keyfile-password"])
+@pytest.mark.parametrize("given", [["sk-hush"], []])
+def test_a_secret_is_no_flag(capsys, flag, given):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["serve", "demo", flag, *given])
+    errors = capsys.readouterr().err
+    assert caught.value.code == 2 and f"{flag}: others on this machine can read" in errors
+    assert "DS_SERVE_" in errors and "hush" not in errors
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--help"])
+    assert f"{flag} " not in capsys.readouterr().out
 
 
 def test_what_does_not_fit_is_told_before_anything_starts(certificate, tmp_path, capsys):
