@@ -27,7 +27,7 @@ def test_tokens_are_those_of_generate(grid, models, tmp_path):  # noqa: F811
     assert records.keys() == MODELS.keys()
     failed = {}
     for name, record in records.items():
-        wanted = models(name)[1]
+        wanted = models(name).wanted
         runs = [] if "error" in record else [*record["hits"]["rounds"], *record["preempted"]["rounds"]]
         if not runs or any(tokens != wanted for tokens in runs):
             failed[name] = record.get("error", "other tokens")

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import pytest
@@ -65,22 +67,33 @@ VARIANTS = [
 ]  # fmt: skip
 
 
+class Saved:
+    """One of MODELS, saved in folder."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        if MODELS[name] is None:
+            self.folder = str(model_path())
+            self._model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+            self._model.generation_config.eos_token_id = None
+        else:
+            architecture, overrides = MODELS[name]
+            self._model = build(architecture, **overrides)
+            self.folder = save(self._model, folder)
+
+    @cached_property
+    def wanted(self) -> list[list[int]]:
+        """The prompts' greedy continuations by generate in fp32."""
+        return oracles(self._model, PROMPTS, LENGTHS)
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """Saves a model at its first use: name -> (folder, prompts' greedy continuations by generate in fp32)."""
-    made: dict[str, tuple[str, list[list[int]]]] = {}
+    """Saves a model at its first use: name -> Saved."""
+    made: dict[str, Saved] = {}
 
-    def get(name: str) -> tuple[str, list[list[int]]]:
+    def get(name: str) -> Saved:
         if name not in made:
-            if MODELS[name] is None:
-                folder = str(model_path())
-                model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-                model.generation_config.eos_token_id = None
-            else:
-                architecture, overrides = MODELS[name]
-                model = build(architecture, **overrides)
-                folder = save(model, tmp_path_factory.mktemp(name))
-            made[name] = folder, oracles(model, PROMPTS, LENGTHS)
+            made[name] = Saved(name, tmp_path_factory.mktemp(name))
         return made[name]
 
     return get
@@ -101,7 +114,10 @@ def records(models, tmp_path_factory):
 
 
 def launch_grid(grid: tuple[int, int], more: dict, names: list[str], models, folder: Path) -> dict[str, dict]:
-    """The records by name of these models in one launch of a grid, with more settings."""
+    """The records by name of these models in one launch of a grid, with more settings.
+
+    What they are compared with is computed meanwhile: ranks wait for one another much of their time.
+    """
     tp, pp = grid
     shape = {"tensor_parallel": tp, "pipeline_parallel": pp, "dtype": "float32"} | more
     cases = [
@@ -109,14 +125,19 @@ def launch_grid(grid: tuple[int, int], more: dict, names: list[str], models, fol
             "name": name,
             "prompts": PROMPTS,
             "lengths": LENGTHS,
-            "settings": {"model": models(name)[0]} | shape,
+            "settings": {"model": models(name).folder} | shape,
             "variants": VARIANTS,
         }
         for name in names
     ]
     (folder / "cases.json").write_text(json.dumps(cases))
     script, results = Path(__file__).parent / "matrix_run.py", folder / "results.jsonl"
-    run_ranks(script, tp * pp, str(folder / "cases.json"), str(results), timeout=LAUNCH_S)
+    with ThreadPoolExecutor(1) as thread:
+        arguments = str(folder / "cases.json"), str(results)
+        running = thread.submit(run_ranks, script, tp * pp, *arguments, timeout=LAUNCH_S)
+        for name in names:
+            models(name).wanted  # noqa: B018
+        running.result()
     lines = results.read_text().splitlines()
     return {record["name"]: record for record in map(json.loads, lines)}
 
@@ -131,7 +152,7 @@ def launch_grid(grid: tuple[int, int], more: dict, names: list[str], models, fol
     ],
 )
 def test_tokens_equal_generate(grid, name, models, records):
-    record, (_, wanted) = records(grid)[name], models(name)
+    record, wanted = records(grid)[name], models(name).wanted
     assert "error" not in record, record
     assert all(tokens == wanted for tokens in record["hits"]["rounds"])
     hit = sum((len(prompt) - 1) // 16 * 16 for prompt in PROMPTS)
