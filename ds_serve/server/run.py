@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import uvicorn
+import uvloop
 from starlette.types import ASGIApp
 
 from ds_serve import launch
@@ -70,7 +71,7 @@ def serve(
     log_to_stderr(access=settings.access_log, prompts=settings.log_prompts)
     log.info("settings: %s", _describe(settings, keys))
     supervisor = Supervisor(settings.model_dump_json(), start=start, ranks=settings.world_size, policy=policy)
-    return asyncio.run(_serve(settings, keys, supervisor, front_socket, defaults, tracing))
+    return uvloop.run(_serve(settings, keys, supervisor, front_socket, defaults, tracing))
 
 
 async def _serve(

@@ -11,10 +11,12 @@ import logging
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,7 +155,7 @@ class Supervisor:
             client = EngineClient(folder)
             await client.start()
             try:
-                process = await self._spawn(folder)
+                process = self._spawn(folder)
                 self._group = process.pid
                 try:
                     reason = await self._watch(process, client)
@@ -171,16 +173,13 @@ class Supervisor:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    async def _spawn(self, folder: Path) -> asyncio.subprocess.Process:
+    def _spawn(self, folder: Path) -> _Process:
         settings = folder / "settings.json"
         settings.touch(mode=0o600)
         settings.write_text(self._settings_json, encoding="utf-8")
-        command, environment = self._start([str(folder), str(os.getpid())])
-        return await asyncio.create_subprocess_exec(
-            *command, stdin=asyncio.subprocess.DEVNULL, env=environment, process_group=0
-        )
+        return _Process(*self._start([str(folder), str(os.getpid())]))
 
-    async def _watch(self, process: asyncio.subprocess.Process, client: EngineClient) -> str:
+    async def _watch(self, process: _Process, client: EngineClient) -> str:
         exited = asyncio.create_task(process.wait())
         dead = asyncio.create_task(client.wait_dead())
         stopping = asyncio.create_task(self._stopping.wait())
@@ -210,9 +209,30 @@ class Supervisor:
             return "the engine process"
         return "rank 0" if client.info is not None else "a rank"
 
-    async def _end(self, process: asyncio.subprocess.Process, client: EngineClient) -> None:
+    async def _end(self, process: _Process, client: EngineClient) -> None:
         if self._stopping.is_set() and client.info is not None:  # it hears: else it is still loading
             with suppress(TimeoutError):
                 await asyncio.wait_for(process.wait(), self._grace_s)
         await asyncio.to_thread(launch.end_group, process.pid, self._grace_s)
         await process.wait()
+
+
+class _Process:
+    """A process in a group of its own, for any event loop: uvloop starts none in a group."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        # By this thread: the process ends with the thread that started it (rank.py).
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment, process_group=0)
+        self.pid = self._process.pid
+        self._loop = asyncio.get_running_loop()
+        self._exit: asyncio.Future[int] = self._loop.create_future()
+        threading.Thread(target=self._reap, name="reap", daemon=True).start()
+
+    async def wait(self) -> int:
+        """Its exit code as subprocess has it: negative for a signal."""
+        return await asyncio.shield(self._exit)
+
+    def _reap(self) -> None:
+        code = self._process.wait()
+        with suppress(RuntimeError):  # the loop is closed: nobody waits
+            self._loop.call_soon_threadsafe(self._exit.set_result, code)
