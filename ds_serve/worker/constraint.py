@@ -9,6 +9,7 @@ logits and no request's text; of the tokenizer it knows the files. Made by clust
 from __future__ import annotations
 
 import logging
+import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
 from ds_serve.messages import SamplingParams
 
@@ -42,6 +43,7 @@ class Constraints:
         self._masks: Future[np.ndarray] | None = None
         self._thread = ThreadPoolExecutor(1, "ds-serve-grammars")
         # Of that thread:
+        self._executor = LLExecutor(num_threads=max(1, (os.cpu_count() or 1) // 4))
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._matchers: dict[int, _Matcher | None] = {}  # None: there is no tokenizer to make one for
         self._reading: Future[object] | None = None
@@ -126,9 +128,14 @@ class Constraints:
         matchers = [self._matchers[slot] for slot in rows]
         num_words = max(0 if matcher is None else matcher.vocabulary.num_words for matcher in matchers)
         masks = np.zeros((len(rows), num_words), dtype=np.uint32)
-        for mask, matcher in zip(masks, matchers, strict=True):
-            if matcher is not None:
-                matcher.allow(mask)
+        live = [
+            (matcher, row) for row, matcher in enumerate(matchers) if matcher is not None and matcher.is_live
+        ]
+        if live:  # in one call: each takes the interpreter's lock from the thread that runs steps
+            jobs = [(matcher.matcher, row) for matcher, row in live]
+            self._executor.unsafe_compute_mask_ptr(jobs, masks.ctypes.data, masks.strides[0], len(rows))
+        for matcher, row in live:
+            matcher.settle(masks[row])
         return masks
 
     @cached_property
@@ -166,27 +173,24 @@ class _Matcher:
 
     def __init__(self, matcher: LLMatcher, vocabulary: _Vocabulary, eos_token_ids: Sequence[int]) -> None:
         self.vocabulary = vocabulary
-        self._matcher = matcher
+        self.matcher = matcher
         self._ends = [token for token in eos_token_ids if 0 <= token < vocabulary.tokenizer.vocab_size]
-        self._is_over = False
+        self.is_live = True  # it has neither ended nor failed
 
     def advance(self, token_ids: Sequence[int]) -> None:
         """Takes in what was drawn. After an end token nothing counts: the request is over."""
         for token in token_ids:
             if token in self._ends:
-                self._is_over = True
-            if self._is_over or not self._matcher.consume_token(token):
+                self.is_live = False
+            if not self.is_live or not self.matcher.consume_token(token):
                 return
 
-    def allow(self, words: np.ndarray) -> None:
-        """Sets in words, uint32 [num_words] of zeros, the tokens that may come next."""
-        matcher = self._matcher
-        if self._is_over:
-            return
-        matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+    def settle(self, words: np.ndarray) -> None:
+        """Makes of llguidance's mask, uint32 [num_words], the tokens that may come next."""
+        matcher = self.matcher
         if matcher.is_error():
             logger.warning("a grammar failed: %s", matcher.stop_reason())
-            self._is_over = True
+            self.is_live = False
             words[:] = 0
             return
         words &= self.vocabulary.drawable
@@ -200,10 +204,10 @@ class _Matcher:
 
     def _ends_by(self, token: int) -> bool:
         """Whether a grammar that spells an end token is at its end behind it."""
-        if not self._matcher.try_consume_tokens([token]):
+        if not self.matcher.try_consume_tokens([token]):
             return False
-        ends = self._matcher.is_accepting()
-        self._matcher.rollback(1)
+        ends = self.matcher.is_accepting()
+        self.matcher.rollback(1)
         return ends
 
 
