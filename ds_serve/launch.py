@@ -7,6 +7,8 @@ program. Used by cli.py, server/ (which supervises what is started), generation/
 from __future__ import annotations
 
 import argparse
+import base64
+import json
 import os
 import shutil
 import signal
@@ -25,6 +27,8 @@ import psutil
 from ds_serve.config import Settings
 
 RANK_MODULE = "ds_serve.rank"
+_RUNNER = "deepspeed.launcher.runner"  # the `deepspeed` command
+_LOCAL = "deepspeed.launcher.launch"  # its part that starts a machine's ranks
 GRACE_S = 3.0  # ranks end at SIGTERM; who has not by then is killed
 _POLL_S = 0.05
 _KILLERS = (signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL)
@@ -198,13 +202,18 @@ def several(settings: Settings, options: Options, module: str, arguments: Sequen
     """settings.world_size ranks, each `python -m module arguments`; on this machine unless options differ.
 
     ValueError where options or visible devices do not fit. The launcher ends with a rank's code, with 256 - n
-    for a rank that signal n killed, but with 0 where its own child process is killed.
+    for a rank that signal n killed; over several machines with 0 where its own child process is killed.
     """
     options.check()
     environment = _environment(settings, options)
-    line = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--no_local_rank"]
+    chosen = options.include or options.exclude
+    if not (options.hostfile or chosen or options.launcher or options.force_multi):
+        local = _local_launcher(settings, options, environment)
+        return Launch([*local, "--module", module, *arguments], environment)
+    line = [sys.executable, "-m", _RUNNER, "-q", "--no_local_rank"]
     if options.hostfile is None:
-        line += ["--hostfile=", *_on_this_machine(settings, options, environment)]
+        line.append("--hostfile=")  # else it looks for /job/hostfile
+        line += [] if chosen else [f"--num_accelerators={settings.world_size}"]
     values = {field.name: getattr(options, field.name) for field in fields(options)}
     if not options.no_ssh:
         values["master_port"] = options.master_port or _free_port()
@@ -224,21 +233,25 @@ def several(settings: Settings, options: Options, module: str, arguments: Sequen
     return Launch([*line, *start, module, *arguments], environment)
 
 
-def _on_this_machine(settings: Settings, options: Options, environment: dict[str, str]) -> list[str]:
-    if options.include or options.exclude:
-        return []
+def _local_launcher(settings: Settings, options: Options, environment: dict[str, str]) -> list[str]:
+    """The command that the runner would start after two seconds of imports, less its module."""
     visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible:  # the launcher would number devices anew
-        devices = visible.split(",")
-        if len(devices) < settings.world_size:
-            raise ValueError(
-                f"{settings.world_size} ranks need as many devices: CUDA_VISIBLE_DEVICES is {visible}"
-            )
-        return [f"--include=localhost:{','.join(devices[: settings.world_size])}"]
-    flags = [f"--num_accelerators={settings.world_size}"]
-    if not options.bind_cores_to_rank and _can_bind(settings, environment):
-        flags.append("--bind_cores_to_rank")
-    return flags
+    devices = visible.split(",") if visible else list(range(settings.world_size))
+    if len(devices) < settings.world_size:
+        raise ValueError(
+            f"{settings.world_size} ranks need as many devices: CUDA_VISIBLE_DEVICES is {visible}"
+        )
+    world = json.dumps({"localhost": devices[: settings.world_size]}).encode()
+    line = [sys.executable, "-m", _LOCAL, "-q", "--no_local_rank"]
+    line.append(f"--world_info={base64.urlsafe_b64encode(world).decode()}")
+    line.append(f"--master_port={options.master_port or _free_port()}")
+    if options.master_addr:
+        line.append(f"--master_addr={options.master_addr}")
+    if options.bind_cores_to_rank or (not visible and _can_bind(settings, environment)):
+        line.append("--bind_cores_to_rank")
+    if options.bind_core_list is not None:
+        line.append(f"--bind_core_list={options.bind_core_list}")
+    return line
 
 
 def _environment(settings: Settings, options: Options) -> dict[str, str]:
@@ -340,15 +353,17 @@ def end_group(group: int, grace_s: float = GRACE_S) -> None:
 
 
 def _terminate(group: int) -> None:
-    """SIGTERM to a launcher and what it started itself, which ends the ranks one by one, rank 0 first.
+    """SIGTERM to the launcher on this machine, which ends the ranks one by one, rank 0 first.
 
-    To the launcher alone it would orphan them. To all of them at once it would look to rank 0 like the
+    To its runner alone it would orphan them. To all of them at once it would look to rank 0 like the
     others' failure. Where the launcher is gone, there is no such choice.
     """
     alive = _members(group)
     if group in alive:
         with suppress(psutil.NoSuchProcess):
-            alive = [group, *(child.pid for child in psutil.Process(group).children())]
+            launcher = psutil.Process(group)
+            children = [] if _LOCAL in launcher.cmdline() else launcher.children()
+            alive = [group, *(child.pid for child in children)]
     _send(alive, signal.SIGTERM)
 
 

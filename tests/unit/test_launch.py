@@ -1,6 +1,8 @@
 """What launchers say to a rank, and what is said to DeepSpeed's launcher."""
 
 import argparse
+import base64
+import json
 import os
 import signal
 import subprocess
@@ -32,6 +34,12 @@ def settings(tp=2, pp=1, **fields):
 
 def line(options=None, module="ds_serve.rank", arguments=("/folder", "7"), **fields):
     return launch.several(settings(**fields), options or launch.Options(), module, arguments).command
+
+
+def devices(command):
+    """Of the ranks that the local launcher is to start."""
+    [world] = [part for part in command if part.startswith("--world_info=")]
+    return json.loads(base64.urlsafe_b64decode(world.removeprefix("--world_info=")))["localhost"]
 
 
 # -- ranks -----------------------------------------------------------------------------------------
@@ -95,10 +103,9 @@ def test_a_wrong_number_of_ranks_is_refused_with_both_numbers():
 
 def test_ranks_of_this_machine():
     started = launch.several(settings(2, 2), launch.Options(), "ds_serve.rank", ["/folder", "7"])
-    assert started.command[:5] == [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--no_local_rank"]
+    assert started.command[:5] == [sys.executable, "-m", "deepspeed.launcher.launch", "-q", "--no_local_rank"]
     assert started.command[-4:] == ["--module", "ds_serve.rank", "/folder", "7"]
-    # --hostfile= turns off the launcher's own default, /job/hostfile.
-    assert {"--hostfile=", "--num_accelerators=4"} <= set(started.command)
+    assert devices(started.command) == [0, 1, 2, 3]
     assert any(part.startswith("--master_port=") for part in started.command)
     assert started.environment["DS_ACCELERATOR"] == "cpu"
     assert started.environment["OMP_NUM_THREADS"] == "1"
@@ -121,11 +128,21 @@ def test_what_another_launcher_left_is_not_handed_on(monkeypatch):
 
 def test_visible_devices_stay_the_callers_choice(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6")
-    assert "--include=localhost:3,5" in line(device="cuda")
+    assert devices(line(device="cuda")) == ["3", "5"]
     with pytest.raises(ValueError, match="4 ranks need as many devices: CUDA_VISIBLE_DEVICES is 3,5,6"):
         line(tp=4, device="cuda")
     cpu = launch.several(settings(device="cpu"), launch.Options(), "m", [])
-    assert "--num_accelerators=2" in cpu.command and "CUDA_VISIBLE_DEVICES" not in cpu.environment
+    assert devices(cpu.command) == [0, 1] and "CUDA_VISIBLE_DEVICES" not in cpu.environment
+
+
+@pytest.mark.parametrize(
+    "options", [launch.Options(include="localhost:0,1"), launch.Options(force_multi=True)]
+)
+def test_what_the_runner_has_to_work_out_goes_through_it(options):
+    command = line(options)
+    # --hostfile= turns off its own default, /job/hostfile.
+    assert command[2] == "deepspeed.launcher.runner" and "--hostfile=" in command
+    assert ("--num_accelerators=2" in command) == options.force_multi
 
 
 def test_flags_pass_through(tmp_path):
