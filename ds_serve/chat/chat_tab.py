@@ -28,7 +28,7 @@ _SECRET = (
     "ds_serve.chat"  # no secret: without a fixed one a browser could not read what it kept before a restart
 )
 _QUIET = {"show_progress": "hidden", "api_visibility": "private"}
-_PROMPTS = ("What is the capital of France?", "What is 12 + 30?", "Count to 20", "What is ds_serve?")
+_PROMPTS = ("What is the capital of France?", "Tell me a story", "What is ds_serve?")
 
 Updates = AsyncIterator[dict[Any, Any]]
 
@@ -62,7 +62,7 @@ class ChatTab:
             group_consecutive_messages=False,
             layout="bubble",
             allow_tags=False,
-            placeholder="## ds_serve chat\nAsk something.",
+            placeholder="Ask something.",
             examples=[{"text": prompt} for prompt in _PROMPTS],
             elem_id="chatbot",
         )
@@ -202,22 +202,26 @@ class ChatTab:
             names = await self._server.models()
         except FAILURES:
             names = []
-        models = gr.Dropdown(choices=names, value=names[0] if names else None)
-        if request.session_hash in self._stops:  # the first message was sent before this
-            return {self.model: models}
+        updates = {self.model: gr.Dropdown(choices=names, value=names[0] if names else None)}
         chat = saved.get(store, store["current"]) or saved.new_chat(self._system)
-        return await self._show(chat, store, given, request) | {self.model: models}
+        updates |= await self._show(chat, store, given, request)
+        if request.session_hash in self._stops:  # a message was sent meanwhile: that is the conversation
+            return {self.model: updates[self.model], self.list: updates[self.list]}
+        return updates
 
     async def _new(self, given: dict[Any, Any], request: gr.Request) -> dict[Any, Any]:
+        await self._stop(request)
         chat = saved.new_chat(self._system)
         return await self._show(chat, given[self.store] | {"current": None}, given, request)
 
     async def _choose(self, given: dict[Any, Any], request: gr.Request) -> dict[Any, Any]:
+        await self._stop(request)
         store = given[self.store] | {"current": given[self.list]}
         chat = saved.get(store, given[self.list]) or saved.new_chat(self._system)
         return await self._show(chat, store, given, request)
 
     async def _delete(self, given: dict[Any, Any], request: gr.Request) -> dict[Any, Any]:
+        await self._stop(request)
         store = saved.drop(given[self.store], given[self.chat]["id"])
         return await self._show(saved.new_chat(self._system), store, given, request)
 
@@ -225,8 +229,7 @@ class ChatTab:
         self, chat: Chat, store: saved.Store, given: dict[Any, Any], request: gr.Request
     ) -> dict[Any, Any]:
         """Another conversation, and its context."""
-        await self._stop(request)
-        updates = self._whole(chat) | self._listing(store) | {self.system: chat["system"], self.box: ""}
+        updates = self._whole(chat) | self._listing(store) | {self.system: chat["system"]}
         return updates | await self._keep(chat, given, request)
 
     def _whole(self, chat: Chat) -> dict[Any, Any]:

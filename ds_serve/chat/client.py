@@ -94,8 +94,11 @@ class Server:
             stream_options={"include_usage": True},
             extra_body=fields,
         ) as stream:
-            async for chunk in stream:
-                answer.take(chunk)
-                news.set()
+            try:
+                async for chunk in stream:
+                    answer.take(chunk)
+                    news.set()
+            except openai.APIConnectionError as error:
+                raise ConnectionAbortedError from error
         if answer.finish_reason is None:
             raise ConnectionAbortedError

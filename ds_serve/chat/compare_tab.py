@@ -31,7 +31,7 @@ class _Side:
             self.system = gr.Textbox(label="System prompt", lines=1, max_lines=6)
             with gr.Row(elem_classes="numbers"):
                 self.sampling = Sampling(_FIELDS, f"{name}-", temperature=_TEMPERATURES[name])
-            self.text = gr.Markdown(elem_classes="answer", container=True, min_height=120)
+            self.text = gr.Markdown(elem_id=f"{name}-answer", container=True, min_height=120)
             self.under = gr.HTML()
         self.inputs = {self.system, *self.sampling.components}
 
@@ -51,7 +51,7 @@ class CompareTab:
     def build(self, page: gr.Blocks) -> None:
         """Adds the components to the open tab."""
         self.prompt = gr.Textbox(
-            label="Prompt", lines=2, max_lines=8, submit_btn=True, elem_id="compare-prompt"
+            label="Prompt", lines=1, max_lines=8, submit_btn=True, elem_id="compare-prompt"
         )
         with gr.Row():
             self.sides = [_Side("left"), _Side("right")]

@@ -29,6 +29,7 @@ NUMBERS = (
     Number("top_k", "of so many likeliest tokens", int),
     Number("min_p", "of those near the likeliest"),
     Number("max_tokens", "length of the answer", int, "512"),
+    Number("min_tokens", "no end before", int),
     Number("seed", "same seed, same answer", int),
     Number("presence_penalty", "against what was used"),
     Number("frequency_penalty", "the more, the stronger"),

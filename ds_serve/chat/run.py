@@ -7,7 +7,11 @@ apps/chat.py.
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
+import logging
 import os
+import signal
 import socket
 import sys
 from typing import Any
@@ -61,9 +65,25 @@ def run(args: dict[str, Any]) -> int:
     limits = Limits(args["max_answers"], args["max_queue"])
     app = create_app(server, host=host, port=port, limits=limits, logins=logins, system=system.strip())
     print(f"the chat page is on {_url(host, port)}, its server is {server.base_url}", flush=True)
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_LAST_ANSWERS_S)
-    uvicorn.Server(config).run(sockets=[listening])
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=_LAST_ANSWERS_S
+    )
+    asyncio.run(_serve(uvicorn.Server(config), listening))
     return 0
+
+
+async def _serve(web: Any, listening: socket.socket) -> None:
+    """Until a signal; a second one does not wait for answers."""
+
+    def stop() -> None:
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # of pages that are cut off
+        web.handle_exit(signal.SIGINT, None)
+
+    web.capture_signals = contextlib.nullcontext  # it would raise them again at its end
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+    await web.serve(sockets=[listening])
 
 
 def _listen(host: str, port: int) -> socket.socket:
