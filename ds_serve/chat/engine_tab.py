@@ -27,7 +27,49 @@ class EngineTab:
         timer.tick(lambda: (self._now(), self._plots()), None, [now, plots], **quiet)
         tabs.select(self._looked_at, None, [timer, now, plots], **quiet)
 
-    def _computed(sample: Sample) -> float:
+    def _looked_at(self, event: gr.SelectData) -> tuple[gr.Timer, str, str]:
+        return gr.Timer(active=event.value == "Engine"), self._now(), self._plots()
+
+    def _now(self) -> str:
+        problem = self._engine.problem
+        notice = f'<div class="failure" role="alert">{html.escape(problem)}</div>' if problem else ""
+        recent = self._engine.recent()
+        if problem or recent is None:
+            return notice or '<div class="notice">Two looks are needed first: a second.</div>'
+        return f'<div class="tiles">{_tiles(*recent)}</div><div class="bars">{_bars(*recent)}</div>'
+
+    def _plots(self) -> str:
+        samples = list(self._engine.samples)
+        if len(samples) < 2:
+            return ""
+
+        def rates(read: Callable[[Sample], float], scale: float = 1.0) -> list[tuple[float, float]]:
+            pairs = zip(samples, samples[1:], strict=False)
+            return [(after.at, scale * rate(before, after, read)) for before, after in pairs]
+
+        def values(*key: str, scale: float = 1.0) -> list[tuple[float, float]]:
+            return [(sample.at, scale * sample.get(*key)) for sample in samples]
+
+        tokens = [
+            Series("out", rates(lambda s: s.get("output_tokens"))),
+            Series("in, computed", rates(_computed)),
+        ]
+        requests = [Series(state, values(f"requests_{state}")) for state in ("running", "waiting")]
+        use = [Series(tier, values("kv_usage_ratio", tier, scale=100)) for tier in ("device", "host")]
+        stages = [
+            Series(f"stage {stage}", rates(lambda s, stage=stage: s.get("stage_busy_seconds", stage), 100))
+            for stage in samples[-1].labels("stage_busy_seconds")
+        ]
+        charts = [
+            plot("Tokens a second", tokens, SPAN_S),
+            plot("Requests", requests, SPAN_S),
+            plot("KV use, %", use, SPAN_S, top=100),
+            plot("Stage utilisation, %", stages, SPAN_S, top=100),
+        ]
+        return f'<div class="plots">{"".join(charts)}</div>'
+
+
+def _computed(sample: Sample) -> float:
     return sample.get("prompt_tokens") - sample.sum("cached_tokens")
 
 

@@ -67,6 +67,12 @@ class Window:
         self.box.fill(text)
         self.box.press("Enter")
 
+    def send_and_see(self, text: str) -> int:
+        """Sends text; the status with which the page's server took it, or did not."""
+        with self.page.expect_response("**/queue/join*") as taken:
+            self.send(text)
+        return taken.value.status
+
     def ask(self, text: str) -> str:
         """Sends text, and returns the whole answer to it."""
         asked = self.users.count()
