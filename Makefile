@@ -1,4 +1,4 @@
-# `make run` serves the demo model, `make test` passes every test; both install what they need into .venv.
+# `make run` serves the demo model and a chat page, `make test` passes every test; both install what they need into .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/pip --disable-pip-version-check
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install run test test-all unit lint format clean
+.PHONY: install chromium run test test-all unit lint format clean
 
 install: $(STAMP)
 
@@ -21,9 +21,14 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 run: install
-	ds-serve serve demo
+	python scripts/run_demo.py
 
-test: install lint
+# For the tests of the chat page. Where we may not install it they are skipped, in CI they fail.
+chromium:
+	@command -v chromium >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
+	  { apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium >/dev/null; } || true
+
+test: install chromium lint
 	python -m pytest tests
 
 # The whole matrix of ranks x models beside it.

@@ -86,7 +86,7 @@ def _prompt(usage: Any) -> str:
     details = usage.prompt_tokens_details
     cached = (details and details.cached_tokens) or 0
     host = getattr(details, "host_cached_tokens", None) or 0
-    return f"prompt {usage.prompt_tokens:,}: {cached - host:,} from device cache, {host:,} from host cache"
+    return f"prompt {usage.prompt_tokens:,}: {cached - host:,} from device, {host:,} from host cache"
 
 
 def _seconds(seconds: float) -> str:

@@ -20,7 +20,6 @@ class Number(NamedTuple):
     name: str
     info: str
     kind: type[int] | type[float] = float
-    value: str = ""
 
 
 NUMBERS = (
@@ -28,7 +27,7 @@ NUMBERS = (
     Number("top_p", "of the likeliest with this sum"),
     Number("top_k", "of so many likeliest tokens", int),
     Number("min_p", "of those near the likeliest"),
-    Number("max_tokens", "length of the answer", int, "512"),
+    Number("max_tokens", "length of the answer", int),
     Number("min_tokens", "no end before", int),
     Number("seed", "same seed, same answer", int),
     Number("presence_penalty", "against what was used"),
@@ -57,7 +56,7 @@ class Sampling:
         # No gr.Number: it makes a 0 of an empty box.
         self._numbers = {
             number: gr.Textbox(
-                values.get(number.name, number.value),
+                values.get(number.name),
                 label=number.name,
                 info=number.info,
                 placeholder="default",

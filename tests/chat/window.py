@@ -84,7 +84,8 @@ class Window:
         expect(self.users).to_have_count(number)
         expect(self.stats).to_have_count(number)
         self.wait_idle()
-        return self.bots.last.inner_text().strip()
+        # What is drawn may be a moment behind.
+        return self.bots.last.get_attribute("aria-label").removeprefix("bot's message: ")
 
     def wait_idle(self) -> None:
         expect(self.page.locator("#message .submit-button")).to_be_visible()
