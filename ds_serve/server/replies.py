@@ -126,19 +126,21 @@ async def _events(
 
 async def _unless_gone(http: Request, work: Awaitable[T]) -> T:
     """The result of work, cancelled where the client disconnects first (ClientGone)."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_disconnect(http))
+    task, is_gone = asyncio.current_task(), False
+
+    async def watch() -> None:
+        nonlocal is_gone
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+        is_gone = True
+        task.cancel()
+
+    watching = asyncio.create_task(watch())
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientGone
-        return working.result()
+        return await work
+    except asyncio.CancelledError:
+        if is_gone and not task.uncancel():  # else somebody else wants its end too
+            raise ClientGone from None
+        raise
     finally:
-        working.cancel()
-        leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _disconnect(http: Request) -> None:
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
+        watching.cancel()
