@@ -21,6 +21,8 @@ from tokenizers import AddedToken
 from ds_serve.text.detokenize import overlap
 from ds_serve.text.grammar import json_rule
 
+MAX_CALLS = 32  # in one answer
+
 _ALPHANUMERIC = string.ascii_letters + string.digits
 
 
@@ -144,7 +146,8 @@ class CallPiece:
 class Calls:
     """What an answer may call: functions are names with the rules (json_rule) of their arguments.
 
-    required: it is calls and nothing else. parallel: it may be several. added_tokens are the tokenizer's.
+    required: it is calls and nothing else. parallel: it may be several, MAX_CALLS at most, for a small model
+    finds no end by itself. added_tokens are the tokenizer's.
     """
 
     format: CallFormat
@@ -200,7 +203,7 @@ class Calls:
     def _more(self) -> str:
         if not self.parallel or self.format.between is None:
             return ""
-        return f"({self._literal(self.format.between)} call)*"
+        return f"({self._literal(self.format.between)} call){{0,{MAX_CALLS - 1}}}"
 
     def _begin(self) -> str:
         prelude = self._token(self.format.prelude)

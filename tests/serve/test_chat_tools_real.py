@@ -5,6 +5,8 @@ import json
 import jsonschema
 import pytest
 
+from ds_serve.text.tools import MAX_CALLS
+
 WEATHER = {
     "type": "object",
     "properties": {
@@ -56,6 +58,8 @@ def test_a_model_that_may_not_end_calls_in_parallel(real):
     *calls, last = choice.message.tool_calls
     assert choice.finish_reason == "length" and validated(calls)
     assert len({call.id for call in [*calls, last]}) == len(calls) + 1
+    many = real.chat(**(body | {"max_tokens": 1600})).choices[0]
+    assert many.finish_reason == "tool_calls" and len(validated(many.message.tool_calls)) == MAX_CALLS
     one = real.chat(**body, parallel_tool_calls=False).choices[0]
     assert one.finish_reason == "tool_calls" and len(validated(one.message.tool_calls)) == 1
 
