@@ -15,7 +15,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 from run_demo import started
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
-SIZE = {"width": 1120, "height": 760}
+SIZE = {"width": 1180, "height": 850}
 WAIT_MS = 60_000
 HANDBOOK = "# Handbook of the blue house\n" + "The blue house has a garden, a kitchen and a red door.\n" * 30
 SERVER_FLAGS = ("--num-blocks", "1024", "--host-cache", "32MiB", "--max-num-seqs", "8")

@@ -47,9 +47,9 @@ class ChatTab:
         self.chat = gr.State(saved.new_chat(self._system))
         self.store = gr.BrowserState(saved.empty(), storage_key="ds_serve.chat", secret=_SECRET)
         with gr.Row(elem_id="chat-row"):
-            with gr.Column(scale=3, min_width=340):
+            with gr.Column(scale=3, min_width=320):
                 self._build_talk()
-            with gr.Column(scale=1, min_width=280, elem_id="side"):
+            with gr.Column(scale=1, min_width=320, elem_id="side"):
                 self._build_side()
         self._connect(page)
 

@@ -135,6 +135,7 @@ class Advanced:
         if values[self.tools]:
             fields["tools"] = tools.described(values[self.tools])
             fields["tool_choice"] = values[self.choice]
+            fields["parallel_tool_calls"] = False
         return fields
 
 
