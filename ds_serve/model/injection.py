@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -242,9 +243,11 @@ def _packed(head: nn.Module) -> tuple[PackedLinear, float]:
 
 def _agreed(reason: str | None, reduce: Reduce | None) -> str | None:
     """This shard's reason to leave a module alone, or another shard's, so that all take the same way."""
-    if reduce is not None and reduce(torch.tensor([float(reason is not None)])).item():
-        return reason or "another tensor shard keeps it"
-    return reason
+    if reduce is None:
+        return reason
+    device = get_accelerator().current_device_name()
+    num_reasons = reduce(torch.tensor([float(reason is not None)], device=device)).item()
+    return reason or "another tensor shard keeps it" if num_reasons else None
 
 
 @contextlib.contextmanager
