@@ -18,7 +18,7 @@ import gradio as gr
 from ds_serve.chat import document, saved, talk
 from ds_serve.chat.client import Server
 from ds_serve.chat.context import Contexts
-from ds_serve.chat.controls import Advanced, Sampling, failure
+from ds_serve.chat.controls import Advanced, Sampling
 from ds_serve.chat.failures import FAILURES
 from ds_serve.chat.picture import shown
 from ds_serve.chat.saved import Chat
@@ -28,6 +28,9 @@ _SECRET = (
     "ds_serve.chat"  # no secret: without a fixed one a browser could not read what it kept before a restart
 )
 _QUIET = {"show_progress": "hidden", "api_visibility": "private"}
+# Gradio's script may lose what comes of an event that begins while the stream of another one is closed: only
+# answers are streamed.
+_SHORT = _QUIET | {"queue": False}
 _PROMPTS = ("What is the capital of France?", "Tell me a story", "What is ds_serve?")
 
 Updates = AsyncIterator[dict[Any, Any]]
@@ -115,15 +118,15 @@ class ChatTab:
         self.chatbot.example_select(self._send_example, everything, talking, **_QUIET)
         self.chatbot.retry(self._retry, everything, talking, **_QUIET)
         self.chatbot.edit(self._edit, everything, talking, **_QUIET)
-        self.chatbot.undo(self._undo, everything, talking, queue=False, **_QUIET)
-        self.box.stop(self._stop, None, None, queue=False, **_QUIET)
-        gr.on([self.chatbot.clear, self.delete.click], self._delete, everything, changing, **_QUIET)
-        self.new.click(self._new, everything, changing, **_QUIET)
-        self.list.input(self._choose, {*everything, self.list}, changing, **_QUIET)
-        self.system.blur(self._set_system, everything, [self.chat, self.context], **_QUIET)
-        self.upload.upload(self._add, {*everything, self.upload}, [self.chat, self.context], **_QUIET)
-        self.remove.click(self._remove, everything, [self.chat, self.context], **_QUIET)
-        page.load(self._load, everything, [*changing, self.model], **_QUIET)
+        self.chatbot.undo(self._undo, everything, talking, **_SHORT)
+        self.box.stop(self._stop, None, None, **_SHORT)
+        gr.on([self.chatbot.clear, self.delete.click], self._delete, everything, changing, **_SHORT)
+        self.new.click(self._new, everything, changing, **_SHORT)
+        self.list.input(self._choose, {*everything, self.list}, changing, **_SHORT)
+        self.system.blur(self._set_system, everything, [self.chat, self.context], **_SHORT)
+        self.upload.upload(self._add, {*everything, self.upload}, [self.chat, self.context], **_SHORT)
+        self.remove.click(self._remove, everything, [self.chat, self.context], **_SHORT)
+        page.load(self._load, everything, [*changing, self.model], **_SHORT)
         page.unload(self._leave)
 
     # Answers
@@ -250,7 +253,7 @@ class ChatTab:
         try:
             text = await asyncio.to_thread(document.read, str(path), path.name)
         except ValueError as error:
-            raise failure(str(error)) from None
+            return {self.context: f'<div class="failure" role="alert">{html.escape(str(error))}</div>'}
         finally:
             path.unlink(missing_ok=True)
         added = {"document": {"name": path.name, "text": text}, "system": given[self.system] or ""}

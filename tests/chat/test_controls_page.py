@@ -82,7 +82,7 @@ def test_what_is_no_text_is_refused_with_a_sentence(window, tmp_path):
     file = tmp_path / "picture.txt"
     file.write_bytes(b"\0\1\2")
     window.upload(file)
-    expect(window.page.get_by_test_id("toast-body")).to_contain_text("picture.txt is no text file")
+    expect(window.page.locator("#context")).to_contain_text("picture.txt is no text file")
 
 
 def test_a_system_prompt_and_a_context_that_is_too_long(window):

@@ -9,6 +9,8 @@ from urllib.parse import urlsplit
 from playwright.sync_api import Browser, Locator, expect
 
 WAIT_MS = 20_000  # for a condition on a busy machine
+# All that has come is drawn: parts of the page are a frame behind others.
+DRAWN = "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
 
 
 class Window:
@@ -48,7 +50,7 @@ class Window:
     @property
     def bots(self) -> Locator:
         """What the model said, without the lines under it."""
-        return self.page.locator("#chatbot [data-testid=bot]:not(:has(.under))")
+        return self.page.locator('#chatbot [data-testid=bot]:not([aria-label$="a component of type html"])')
 
     @property
     def users(self) -> Locator:
@@ -84,7 +86,7 @@ class Window:
         expect(self.users).to_have_count(number)
         expect(self.stats).to_have_count(number)
         self.wait_idle()
-        # What is drawn may be a moment behind.
+        self.page.evaluate(DRAWN)
         return self.bots.last.get_attribute("aria-label").removeprefix("bot's message: ")
 
     def wait_idle(self) -> None:
