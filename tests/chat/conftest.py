@@ -14,7 +14,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "ranks")]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser():
     """Chromium, by playwright. In CI it is there; elsewhere the tests are skipped without it."""
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -31,7 +31,7 @@ def browser():
         started.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(browser, tmp_path_factory):
     """A processes.Model on a port of its own; chat waits for it."""
     from processes import Model
@@ -44,7 +44,7 @@ def server(browser, tmp_path_factory):
     running.kill()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def chat(server, tmp_path_factory):
     """A processes.Chat on that server. It ends well, and has talked to this machine alone."""
     from processes import Chat

@@ -1,8 +1,11 @@
-"""What all clients ask the demo model: a question whose answer it knows, a schema, two tools."""
+"""The key and room of the tests' server; what all clients ask: a question and its answer, a schema, tools."""
 
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
+
+KEY = "sk-of-the-tests"
+MAX_RUNNING = MAX_WAITING = 2
 
 ITALY = [{"role": "user", "content": "What is the capital of Italy?"}]
 ANSWER = "Rome"

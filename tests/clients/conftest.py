@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "ranks"))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "ranks")]
+
 
 # Read when the clients are imported: they report nothing anywhere, and take no key or address of the user.
 for name in [name for name in os.environ if name.startswith(("OPENAI_", "LANGCHAIN_", "LANGSMITH_"))]:
@@ -23,13 +24,11 @@ os.environ |= {
     "NO_PROXY": "127.0.0.1",
 }
 
-KEY = "sk-of-the-tests"
-MAX_RUNNING = MAX_WAITING = 2
-
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """A started.Server whose key is KEY; its end is clean."""
+    from asked import KEY, MAX_RUNNING, MAX_WAITING
     from started import DS_SERVE, Server
 
     folder = tmp_path_factory.mktemp("clients")

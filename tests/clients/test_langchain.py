@@ -4,8 +4,7 @@ import asyncio
 
 import openai
 import pytest
-from asked import ANSWER, ITALY, City, Weather
-from conftest import KEY
+from asked import ANSWER, ITALY, KEY, City, Weather
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI
 

@@ -4,8 +4,7 @@ import asyncio
 
 import litellm
 import pytest
-from asked import ANSWER, GREEDY, ITALY, LONG, City, Weather, schema, tool
-from conftest import KEY
+from asked import ANSWER, GREEDY, ITALY, KEY, LONG, City, Weather, schema, tool
 
 
 @pytest.fixture

@@ -7,9 +7,8 @@ import sys
 
 import pytest
 import yaml
-from asked import ANSWER, City
+from asked import ANSWER, KEY, City
 from click.testing import CliRunner
-from conftest import KEY
 
 
 @pytest.fixture(scope="module")

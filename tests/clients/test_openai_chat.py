@@ -5,8 +5,7 @@ import json
 
 import openai
 import pytest
-from asked import ANSWER, GREEDY, ITALY, City, Weather, schema, tool
-from conftest import KEY
+from asked import ANSWER, GREEDY, ITALY, KEY, City, Weather, schema, tool
 
 ASK = {"model": "demo", "messages": ITALY, **GREEDY}
 CALL = {"tools": [tool(Weather), tool(City)], "max_tokens": 80, "temperature": 0}

@@ -9,8 +9,7 @@ import httpx
 import openai
 import psutil
 import pytest
-from asked import ANSWER, GREEDY, ITALY, LONG, City
-from conftest import KEY, MAX_RUNNING, MAX_WAITING
+from asked import ANSWER, GREEDY, ITALY, KEY, LONG, MAX_RUNNING, MAX_WAITING, City
 from started import until
 
 ASK = {"model": "demo", "messages": ITALY, **GREEDY}

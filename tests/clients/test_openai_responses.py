@@ -2,8 +2,7 @@
 
 import openai
 import pytest
-from asked import ANSWER, ITALY, City
-from conftest import KEY
+from asked import ANSWER, ITALY, KEY, City
 
 ASK = {"model": "demo", "input": "What is the capital of Italy?", "temperature": 0, "max_output_tokens": 24}
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import schemathesis
-from conftest import KEY
+from asked import KEY
 from hypothesis import HealthCheck, Phase, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import positive_data_acceptance
