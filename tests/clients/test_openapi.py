@@ -74,7 +74,7 @@ def test_the_document_is_the_served_one(front):
 
 
 @schema.parametrize()
-@few(60)
+@few(30)
 def test_the_front_answers_as_documented(case, front):
     # What fields say together, and of the model, is not in the document: such data is refused by name.
     case.validate_response(ask(case, front.url, "fake"), excluded_checks=[positive_data_acceptance])
