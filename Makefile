@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/pip --disable-pip-version-check
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install chromium run test test-all unit lint format clean
+.PHONY: install chromium run test test-ranks test-rest test-all unit lint format clean
 
 install: $(STAMP)
 
@@ -28,8 +28,15 @@ chromium:
 	@command -v chromium >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
 	  { apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium >/dev/null; } || true
 
+# Both at the same time: each waits a lot, for processes that start.
 test: install chromium lint
-	python -m pytest tests
+	$(MAKE) -j2 --no-print-directory test-ranks test-rest
+
+test-ranks: install
+	python -m pytest tests/ranks
+
+test-rest: install
+	python -m pytest tests --ignore tests/ranks
 
 # The whole matrix of ranks x models beside it.
 test-all: export DS_SERVE_TEST_ALL = 1
