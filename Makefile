@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/pip --disable-pip-version-check
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install chromium run test test-ranks test-rest test-all unit lint format clean
+.PHONY: install chromium run test test-ranks test-model test-all unit lint format clean
 
 install: $(STAMP)
 
@@ -28,15 +28,16 @@ chromium:
 	@command -v chromium >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
 	  { apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium >/dev/null; } || true
 
-# Both at the same time: each waits a lot, for processes that start.
+# What talks to servers first, alone; then ranks beside models, which both wait a lot.
 test: install chromium lint
-	$(MAKE) -j2 --no-print-directory test-ranks test-rest
+	python -m pytest tests/chat tests/clients tests/serve
+	$(MAKE) -j2 --no-print-directory test-ranks test-model
 
 test-ranks: install
-	python -m pytest tests/ranks
+	env -u MAKEFLAGS python -m pytest tests/ranks  # ninja would take make's jobs for its own
 
-test-rest: install
-	python -m pytest tests --ignore tests/ranks
+test-model: install
+	env -u MAKEFLAGS python -m pytest tests/gpu tests/model tests/unit
 
 # The whole matrix of ranks x models beside it.
 test-all: export DS_SERVE_TEST_ALL = 1
