@@ -253,6 +253,10 @@ def test_a_query_that_is_read_comes_through(server):
     assert server.http.delete("/v1/cache/key?cache_salt=%C3%9F").status_code == 204
 
 
+def test_a_key_in_the_path_may_hold_anything(server):
+    assert server.http.delete("/v1/cache/a%0Ab%2Fc%3F").status_code == 204
+
+
 def test_the_clients_time_ends_a_request(server):
     server.engine.hold.set()
     headers = {"X-Request-Timeout": "0.05"}
