@@ -26,6 +26,7 @@ from ds_serve.messages import (
     StepPlan,
     StepResult,
 )
+from ds_serve.model.certificate import Certificate
 from ds_serve.model.loader import LoadedModel, ModelLoadError
 from ds_serve.parallel.control import Progress
 from ds_serve.parallel.grid import Grid
@@ -63,6 +64,7 @@ class Worker:
         constraints: Constraints | None,
     ) -> None:
         self.model, self.place = model, grid.place
+        self.certificate: Certificate | None = None  # of settings.check, once there is one
         self._grid = grid
         self._progress = progress
         # One block table serves all ranks, so the rank with the least memory sets the size, in each tier.
@@ -168,6 +170,7 @@ class Worker:
             dtype=str(self.model.dtype).removeprefix("torch."),
             tensor_parallel=self.place.tp,
             pipeline_parallel=self.place.pp,
+            adapters=tuple(settings.adapters),
         )
 
     @torch.inference_mode()
