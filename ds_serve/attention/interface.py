@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ds_serve.attention.backends import Backend
 from ds_serve.attention.context import get_batch
+from ds_serve.attention.latent import LatentProjection
 from ds_serve.attention.layout import LayerKV
 
 NAME = "ds_paged"
@@ -109,9 +110,13 @@ def paged_attention(
     _refuse_unknown(module, attention_mask, is_causal, kwargs)
     if query.shape[0] != 1:
         raise ValueError(f"input_ids: must be one packed row, got a batch of {query.shape[0]}")
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    latent = LatentProjection.of(module)
+    if latent is not None:
+        query, key = latent.absorb(query, key)
     recorder = _recorder.get()
     if recorder is not None:
-        shape = LayerKV(key.shape[1], key.shape[3], value.shape[3])
+        shape = LayerKV(key.shape[1], key.shape[3], value.shape[3]) if latent is None else latent.shape
         recorder.calls.append((module.layer_idx, shape))
     if recorder is not None or key.shape[1] == 0:
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
@@ -125,16 +130,16 @@ def paged_attention(
         module.layer_idx - batch.layout.first_layer,
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        None if latent is not None else value[0].transpose(0, 1),
         batch,
-        scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        scale=scale,
         window=window,
         chunk=chunk,
         softcap=softcap,
         sinks=s_aux,
         key_bias=key_bias,
     )
-    return out[None], None
+    return (out if latent is None else latent.expand(out))[None], None
 
 
 def _refuse_unknown(module: nn.Module, mask: Any, is_causal: bool | None, kwargs: dict[str, Any]) -> None:

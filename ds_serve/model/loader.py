@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from ds_serve.attention.backends import Backend, select_backend
 from ds_serve.attention.interface import UnsupportedModelError, install, probe_layers
+from ds_serve.attention.latent import drop_latents, use_latents
 from ds_serve.attention.layout import KVLayout
 from ds_serve.config import Settings
 from ds_serve.model.adapter_files import read_adapters
@@ -76,8 +77,7 @@ def load(settings: Settings, grid: Grid | None = None) -> LoadedModel:
     max_model_len = _max_model_len(config.get_text_config(decoder=True), settings.max_model_len)
     adapt(stage.module, grid.place, max_model_len)
     install(stage.module, backend)
-    layout = _kv_layout(stage, settings.block_size, device)
-    verify_paged(stage, plain, layout, backend)
+    layout = _proven_layout(stage, plain, settings.block_size, backend, grid)
     if adapters:
         try_adapters(stage, len(adapters), layout, device)
     settle_rope(stage.module, max_model_len)
@@ -169,6 +169,36 @@ def read_weights(settings: Settings, config: PreTrainedConfig, model_class: type
         raise ModelLoadError(f"{settings.model}: the checkpoint lacks {len(missing)} tensors: {missing[:5]}")
     settle(module)
     return module.eval().requires_grad_(False)
+
+
+def _proven_layout(
+    stage: Stage, plain: torch.Tensor, block_size: int, backend: Backend, grid: Grid
+) -> KVLayout:
+    """The KV layout with which paged attention gives the plain output: latents where the model has them.
+
+    Where latents do not, on any shard, all shards of the stage cache keys and values instead.
+    """
+    problem, device = None, plain.device
+    num_latent = use_latents(stage.module) if backend.name == "reference" else 0
+    try:
+        layout = _kv_layout(stage, block_size, device)
+        verify_paged(stage, plain, layout, backend)
+    except Exception as error:
+        problem = error
+    signs = torch.tensor([num_latent, problem is not None], dtype=torch.float32, device=device)
+    any_latent, failed = (grid.all_reduce(signs) if grid.place.tp > 1 else signs).tolist()
+    if not failed:
+        return layout
+    if not any_latent:
+        raise problem or UnsupportedModelError("another tensor shard cannot serve the model")
+    logger.warning(
+        "%s: keys and values are cached instead of latents, which take less memory: %s",
+        type(stage.module).__name__, problem or "another tensor shard cannot use latents",
+    )  # fmt: skip
+    drop_latents(stage.module)
+    layout = _kv_layout(stage, block_size, device)
+    verify_paged(stage, plain, layout, backend)
+    return layout
 
 
 def _kv_layout(stage: Stage, block_size: int, device: torch.device) -> KVLayout:
