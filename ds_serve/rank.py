@@ -61,7 +61,7 @@ def build_local_engine(settings: Settings) -> LocalEngine:
 
 
 def build_checked_engine(settings: Settings) -> tuple[LocalEngine, Certificate]:
-    """As build_local_engine with the setting check, but for a mismatch, which is the certificate's to tell."""
+    """As build_local_engine with the setting check; a mismatch is told by the certificate, not raised."""
     settings = settings.model_copy(update={"check": True})
     check_world(settings, ranks())
     scheduler, rank, info = _build(settings, refuse=False)
@@ -71,7 +71,7 @@ def build_checked_engine(settings: Settings) -> tuple[LocalEngine, Certificate]:
 
 
 def _build(settings: Settings, refuse: bool = True) -> tuple[Scheduler, LocalRank, EngineInfo]:
-    """refuse: ModelLoadError where the model that was loaded is not the original, as far as settings.check."""
+    """refuse: a model that settings.check finds to be another than the original is a ModelLoadError."""
     rank = _start_ranks(settings)
     certificate = rank.worker.certificate
     if certificate is not None:
