@@ -60,6 +60,8 @@ def parse_list(value: Any) -> Any:
 
 def parse_adapters(value: Any) -> Any:
     """'fr=/a,de=/b' -> {'fr': '/a', 'de': '/b'}. Raises ValueError for text that is no such list."""
+    if isinstance(value, dict):
+        return {name: str(folder) if isinstance(folder, Path) else folder for name, folder in value.items()}
     if not isinstance(value, str):
         return value
     found: dict[str, str] = {}

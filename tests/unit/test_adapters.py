@@ -1,11 +1,14 @@
-"""Adapters in the engine: cached prefixes are shared within one only, plans tell of them by number."""
+"""Adapters in the engine and the pipeline: cached prefixes are shared within one only."""
 
 from __future__ import annotations
 
+import msgspec
 import pytest
+from scripted_engine import make_pipe
 from simulated import BLOCK, Tiers, make_request
 
 from ds_serve.cache.manager import CacheManager
+from ds_serve.generation.pipeline import TextGenerationPipeline
 
 PROMPT = list(range(1, 4 * BLOCK + 2))
 NAMES = ("fr", "de")
@@ -76,3 +79,36 @@ def test_audits_go_through_the_adapter_of_the_hit():
         if tiers.results:
             tiers.land()
     assert numbers == [2, 2, 2] and tiers.scheduler.stats().audits == 1
+
+
+# -- the pipeline --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pipe():
+    pipe = make_pipe()
+    pipe.engine.info = msgspec.structs.replace(pipe.engine.info, adapters=NAMES)
+    return pipe
+
+
+def test_a_call_of_the_pipeline_names_its_adapter(pipe):
+    pipe(["a b", "c"], adapter="de")
+    pipe("a b")
+    pipe.prefill("a b", adapter="fr")
+    assert [request.adapter for request in pipe.engine.requests] == ["de", "de", "", "fr"]
+
+
+def test_the_pipelines_own_adapter_is_the_default(pipe):
+    pipe = TextGenerationPipeline(pipe.engine, pipe.tokenizer, {}, {"adapter": "fr"})
+    pipe("a")
+    pipe("a", adapter="")
+    pipe.prefill("a b")
+    pipe.prefill("a b", adapter="")
+    assert [request.adapter for request in pipe.engine.requests] == ["fr", "", "fr", ""]
+
+
+@pytest.mark.parametrize("call", ["__call__", "prefill"])
+def test_the_pipeline_refuses_an_unknown_adapter(pipe, call):
+    with pytest.raises(ValueError, match="adapter: 'it' is not loaded; loaded: fr, de"):
+        getattr(pipe, call)("a", adapter="it")
+    assert not pipe.engine.requests

@@ -1,5 +1,7 @@
 """Settings: sources in their order of strength, and what is refused."""
 
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
@@ -46,7 +48,7 @@ def test_a_missing_file_is_named():
 
 
 @pytest.mark.parametrize(
-    "given", ["fr=/a, de = /b=c", {"fr": "/a", "de": "/b=c"}], ids=["a flag's text", "a file's mapping"]
+    "given", ["fr=/a, de = /b=c", {"fr": Path("/a"), "de": "/b=c"}], ids=["a flag's text", "a mapping"]
 )
 def test_adapters(given):
     assert Settings(model="m", adapters=given).adapters == {"fr": "/a", "de": "/b=c"}
