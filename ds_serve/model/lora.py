@@ -172,6 +172,13 @@ class Cuts:
             b = torch.cat([self._evenly(half) for half in b.chunk(2)])
         elif role == "COLUMN" and not in_attention:
             b = self._evenly(b)
+        elif role == "COLUMN" and self.heads.interleaved and self.heads.kv_copies > 1:
+            raise ModelLoadError(
+                f"it goes head by head, and there are fewer key-value heads than the {self.heads.place.tp} "
+                "tensor shards; use a smaller tensor_parallel"
+            )
+        elif role == "COLUMN" and self.heads.interleaved:
+            b = self._keys(b)
         elif role == "COLUMN":
             b = self._keys(b) if within.endswith(("k_proj", "v_proj")) else self._queries(b)
         else:
