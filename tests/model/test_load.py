@@ -71,6 +71,19 @@ def test_dtype_is_the_checkpoints_unless_asked(llama):
     assert load(Settings(model=llama, dtype="bfloat16")).dtype == torch.bfloat16
 
 
+def test_every_tensor_is_transformers_own(tmp_path):
+    """In half precision too, where DeepSpeed would cast rotary frequencies: long prompts then go wrong."""
+    folder = save(build("llama", torch.bfloat16), tmp_path)
+    wanted = tensors(AutoModelForCausalLM.from_pretrained(folder, dtype="auto"))
+    found = tensors(load(Settings(model=folder, injection="off")).stage.module)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)  # dtypes too
+    assert {torch.bfloat16, torch.float32} == {tensor.dtype for tensor in found.values()}
+
+
+def tensors(module):
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
 def test_a_missing_directory_and_other_formats_are_refused(tmp_path):
     with pytest.raises(ModelLoadError, match=r"config\.json"):
         load(Settings(model=str(tmp_path / "none")))
