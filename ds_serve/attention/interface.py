@@ -25,6 +25,7 @@ from ds_serve.attention.latent import LatentProjection
 from ds_serve.attention.layout import LayerKV
 
 NAME = "ds_paged"
+NAME_ADAPTED = NAME + "_adapted"  # of models that model/adapters.py has changed: another mask
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 # Keywords that models pass along and that change nothing of what attention computes here: the batch
@@ -86,6 +87,13 @@ def paged_mask(
     if attention_mask is not None:
         raise UnsupportedModelError("attention_mask: must be None, the batch says which tokens there are")
     return None if local_size is None else MaskSpec(int(local_size))
+
+
+def adapted_mask(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """As paged_mask, for adapted models: their attention reads no mask, but some handle one as a tensor."""
+    if paged_mask(*args, **kwargs) is not None:
+        raise UnsupportedModelError("an adapted model asks for a local mask, which its attention ignores")
+    return torch.empty(0)
 
 
 def paged_attention(
@@ -186,27 +194,44 @@ def _is_chunked(module: nn.Module) -> bool:
     )
 
 
+def mark_adapted(model: PreTrainedModel) -> None:
+    """Tells install() that model's attention calls paged_attention itself."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.ds_paged_adapted = True
+
+
 def install(model: PreTrainedModel, backend: Backend) -> None:
     """Makes every attention layer of model call backend. UnsupportedModelError where that cannot work.
 
     Call it again to change the backend. Layers added later need another call.
     """
     _check_supported(model)
-    model.set_attn_implementation(NAME)
+    name = NAME_ADAPTED if _is_adapted(model) else NAME
+    if _is_adapted(model):
+        model.config._attn_implementation = name
+    else:
+        model.set_attn_implementation(name)
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module.config._attn_implementation != NAME:
+        if isinstance(module, PreTrainedModel) and module.config._attn_implementation != name:
             raise UnsupportedModelError(
                 f"{type(module).__name__} kept attention {module.config._attn_implementation!r} "
-                f"when asked for {NAME!r}"
+                f"when asked for {name!r}"
             )
         if hasattr(module, "layer_idx"):
             module.ds_paged_backend = backend
 
 
+def _is_adapted(module: nn.Module) -> bool:
+    return getattr(module, "ds_paged_adapted", False)
+
+
 def _check_supported(model: PreTrainedModel) -> None:
     who = type(model).__name__
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and not module._can_set_attn_implementation():
+        if not isinstance(module, PreTrainedModel) or _is_adapted(module):
+            continue
+        if not module._can_set_attn_implementation():
             raise UnsupportedModelError(
                 f"{who}: {type(module).__name__} does not call transformers' AttentionInterface, so its "
                 "attention cannot be replaced"
@@ -259,3 +284,4 @@ def _dry_forward(model: PreTrainedModel) -> None:
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, paged_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, paged_mask)
+ALL_MASK_ATTENTION_FUNCTIONS.register(NAME_ADAPTED, adapted_mask)

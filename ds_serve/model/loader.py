@@ -74,12 +74,12 @@ def load(settings: Settings, grid: Grid | None = None) -> LoadedModel:
     backend = select_backend(device, stage.dtype, settings.block_size, settings.attention)
     with explained(settings, config):
         plain = plain_output(stage, device)
-    max_model_len = _max_model_len(config.get_text_config(decoder=True), settings.max_model_len)
-    adapt(stage.module, grid.place, max_model_len)
+    adapt(stage.module, grid.place, lambda: longest(config, settings))
     install(stage.module, backend)
     layout = _proven_layout(stage, plain, settings.block_size, backend, grid)
     if adapters:
         try_adapters(stage, len(adapters), layout, device)
+    max_model_len = longest(config, settings)
     settle_rope(stage.module, max_model_len)
     reduce = grid.all_reduce if grid.place.tp > 1 else None
     report = inject(stage.module, backend, settings.injection, reduce)
@@ -222,7 +222,9 @@ def _device(settings: Settings) -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
-def _max_model_len(config: PreTrainedConfig, wanted: int | None) -> int:
+def longest(config: PreTrainedConfig, settings: Settings) -> int:
+    """max_model_len: what settings want, or as many positions as the model has. ModelLoadError for more."""
+    config, wanted = config.get_text_config(decoder=True), settings.max_model_len
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     if limit is None and wanted is None:
         raise ModelLoadError("the model states no longest length: give max_model_len")

@@ -158,7 +158,7 @@ def _check_heads(what: str, module: nn.Module, role: str, heads: Heads) -> None:
     """Whether an attention's linear is made of whole heads, as many as the configuration says."""
     width = module.weight.shape[1 if role == "ROW" else 0]
     count = heads.query + 2 * heads.kv if role == "QKV" else heads.query
-    if what.endswith(_KV_PROJECTIONS):
+    if what.endswith(_KV_PROJECTIONS) or (role == "COLUMN" and heads.interleaved):
         count = heads.kv
     if width % count:
         raise UnsupportedModelError(

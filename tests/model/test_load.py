@@ -109,7 +109,11 @@ def test_a_checkpoint_that_lacks_tensors_is_refused(tmp_path):
     ("architecture", "config", "words"),
     [
         ("mamba", {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}, "state"),
-        ("bloom", {"vocab_size": 60, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "AttentionInterface"),
+        (
+            "codegen",
+            {"vocab_size": 60, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
+            "AttentionInterface",
+        ),
         ("t5", {"vocab_size": 60, "d_model": 32, "d_ff": 32, "num_layers": 2, "num_heads": 4}, "encoder"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),
         (
