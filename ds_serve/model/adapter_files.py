@@ -146,9 +146,9 @@ def _targets(config: dict[str, Any], model: PreTrainedModel, refused: Refused) -
     try:
         for name, module in model.named_modules():
             matching = _matching(wanted, name, module, model)
+            lacking -= matching
             if not matching or _matching(config.get("exclude_modules"), name, module, model):
                 continue
-            lacking -= matching
             if isinstance(wanted, str) or _in_layers(config, name):
                 found[name] = _size_of_target(name, module, model, refused)
     except re.error as error:
