@@ -203,10 +203,13 @@ def _chat(args: dict) -> int:
 
 def _check(args: dict) -> int:
     """Does the model compute what transformers' own does? Exit code 0: yes, 1: no, and the output names the
-    first layer that differs, 2: bad arguments or a model that is not served, 3: the check could not finish."""
+    first layer that differs, 2: bad arguments or a model that is not served, 3: the check did not end."""
     if args["job"] is not None:
-        settings, json_file = json.loads(Path(args["job"]).read_text(encoding="utf-8"))
-        return _run_check(Settings.model_validate_json(settings), json_file)
+        job = Path(args["job"])
+        settings, json_file = json.loads(job.read_text(encoding="utf-8"))
+        code = _run_check(Settings.model_validate_json(settings), json_file)
+        job.write_text(str(code), encoding="utf-8")
+        return code
     settings = _settings(args | {"log_level": args.get("log_level", "warning")})
     options = launch.Options.take(args)
     must_launch = _must_launch(settings, options)
@@ -216,7 +219,9 @@ def _check(args: dict) -> int:
         raise ValueError(f"--json {args['json']}: there is no such directory")
     if not must_launch:
         return _run_check(settings, args["json"])
-    return _launch_job("check", settings, options, [args["json"]])
+    code, left = _launch_job("check", settings, options, [args["json"]])
+    # Where ranks are lost the launcher's code is that of the first one, and not rank 0's.
+    return int(left) if left.isdecimal() else code if code > 128 else 3
 
 
 def _run_check(settings: Settings, json_file: str | None) -> int:
@@ -226,12 +231,14 @@ def _run_check(settings: Settings, json_file: str | None) -> int:
     return run(settings, json_file)
 
 
-def _launch_job(command: str, settings: Settings, options: launch.Options, job: list) -> int:
-    """Starts the ranks, of which rank 0 does the job that it finds in a file."""
+def _launch_job(command: str, settings: Settings, options: launch.Options, job: list) -> tuple[int, str]:
+    """Starts the ranks, of which rank 0 does the job that it finds in a file. The launcher's code, and what
+    the file holds in the end."""
     with tempfile.NamedTemporaryFile("w", prefix="ds-serve-", suffix=".json") as file:
         json.dump([settings.model_dump_json(), *job], file)
         file.flush()
-        return launch.run(launch.several(settings, options, "ds_serve", [command, "--job", file.name]))
+        code = launch.run(launch.several(settings, options, "ds_serve", [command, "--job", file.name]))
+        return code, Path(file.name).read_text(encoding="utf-8")
 
 
 class _Job(NamedTuple):
@@ -254,7 +261,7 @@ def _generate(args: dict) -> int:
     job = _Job(settings, *_prompts(args))
     if not must_launch:
         return _run_job(job)
-    return _launch_job("generate", settings, options, [job.inputs, job.arguments])
+    return _launch_job("generate", settings, options, [job.inputs, job.arguments])[0]
 
 
 def _prompts(args: dict) -> tuple[list, dict]:

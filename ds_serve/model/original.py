@@ -16,7 +16,7 @@ from torch import nn
 
 from ds_serve.attention.interface import UnsupportedModelError
 from ds_serve.config import Settings
-from ds_serve.model.loader import read_config, read_weights, skeleton
+from ds_serve.model.loader import longest, read_config, read_weights, skeleton
 from ds_serve.model.parity import plain_output
 from ds_serve.model.rope import settle_rope
 from ds_serve.model.stage import Stage, drop_tied_embedding, stack_name, stage_class
@@ -53,9 +53,10 @@ def watch(
     for index in layers:
 
         def before(_, args: tuple, kwargs: dict, index: int = index) -> tuple[tuple, dict]:
-            hidden = args[0] if args else kwargs["hidden_states"]
             if given and index in given:
                 hidden = given[index].movedim(0, -2)
+            else:
+                hidden = args[0] if args else kwargs["hidden_states"]
             # A layer may add to its input in place.
             seen.inputs[index] = hidden.movedim(-2, 0).clone()
             return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
@@ -118,17 +119,15 @@ def has_experts(module: nn.Module) -> bool:
 
 
 class Original:
-    """The model of settings as transformers computes it in dtype. max_model_len settles its rotary factors.
+    """The model of settings as transformers computes it in dtype.
 
     streamed: a layer at a time; otherwise whole, where it cannot be cut. kinds are the layers' classes,
     has_experts is whether any of them has experts.
     """
 
-    def __init__(
-        self, settings: Settings, dtype: torch.dtype, device: torch.device, max_model_len: int
-    ) -> None:
+    def __init__(self, settings: Settings, dtype: torch.dtype, device: torch.device) -> None:
         self._settings = settings.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
-        self._device, self._max_model_len = device, max_model_len
+        self._device = device
         model = skeleton(settings, read_config(settings))
         self._class, self._config = type(model), model.config
         self.kinds = [type(layer).__name__ for layer in model.get_submodule(stack_name(model))]
@@ -162,5 +161,5 @@ class Original:
         model_class = stage_class(self._class, place, layers) if place.pp > 1 else self._class
         module = read_weights(self._settings, self._config, model_class).to(self._device)
         drop_tied_embedding(module, place)
-        settle_rope(module, self._max_model_len)
+        settle_rope(module, longest(self._config, self._settings))
         return Stage(module, place, layers)

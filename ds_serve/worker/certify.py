@@ -126,12 +126,12 @@ def _run(model: LoadedModel, grid: Grid, table: SlotTable, rows: list[Row], slab
     batch, count = inputs.attention, inputs.input_ids.shape[1]
     batch.sampled = None  # the last layer finishes all tokens
     every = torch.arange(count, device=model.device)
-    hidden = None
+    hidden, given = None, {}
     if not grid.place.is_first_stage:
         hidden = torch.empty(1, count, stage.hidden_size, dtype=stage.dtype, device=model.device)
-        grid.receive(hidden)
+        given = {stage.first_layer: grid.receive(hidden).movedim(-2, 0)}
     watched = stage.layers if grid.place.shard == 0 else range(0)
-    with use_batch(batch), watch(stage.module, watched, seen):
+    with use_batch(batch), watch(stage.module, watched, seen, given):
         output = stage(inputs.input_ids, batch.positions, every, hidden)
     if grid.place.is_last_stage:
         seen.logits = output
@@ -182,9 +182,7 @@ class _Comparison:
         self._count = sum(map(len, sequences))
         dtypes = [torch.float32] if model.dtype == torch.float32 else [torch.float32, model.dtype]
         self._chains = [
-            _Chain(
-                Original(settings, dtype, model.device, model.max_model_len), sequences, self._receive(dtype)
-            )
+            _Chain(Original(settings, dtype, model.device), sequences, self._receive(dtype))
             for dtype in dtypes
         ]
         self._original = self._chains[0].original
