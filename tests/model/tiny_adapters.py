@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import build, mixed_prompts, oracles, save
+from transformers import PreTrainedModel
 
 EVERYTHING = {"r": 6, "lora_alpha": 9, "use_rslora": True, "target_modules": "all-linear"}
 EXPERTS = {"num_local_experts": 4}
@@ -65,7 +66,12 @@ NAMES = ("fr", "de")
 def make(architecture: str, folder: Path, number: int, **overrides) -> PeftModel:
     """The tiny model with its adapter of this number (0, 1), whose random tensors change every token."""
     changes, *adapters = (CASES | MORE)[architecture]
-    model = get_peft_model(build(architecture, **changes, **overrides), LoraConfig(**adapters[number]))
+    return adapt(build(architecture, **changes, **overrides), folder, number, adapters[number])
+
+
+def adapt(model: PreTrainedModel, folder: Path, number: int, config: dict) -> PeftModel:
+    """model with a random adapter, which is saved to folder."""
+    model = get_peft_model(model, LoraConfig(**config))
     generator = torch.Generator().manual_seed(number)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
