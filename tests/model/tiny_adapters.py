@@ -41,7 +41,7 @@ MORE = {
     "deepseek_v3": (
         MLA,
         {"r": 4, "lora_alpha": 8, "target_modules": ["q_a_proj", "q_b_proj", "o_proj"]},
-        EVERYTHING | {"target_modules": ["kv_a_proj_with_mqa", "kv_b_proj", "gate_proj", "down_proj"]},
+        EVERYTHING | {"target_modules": ["kv_a_proj_with_mqa", "kv_b_proj"]},
     ),
     "gpt_neox": ({}, {"r": 4, "lora_alpha": 8, "target_modules": ["query_key_value"]}, EVERYTHING),
     "gpt_bigcode": (
@@ -51,7 +51,7 @@ MORE = {
     ),
     "gemma": (
         {"head_dim": 16, "num_key_value_heads": 1},
-        {"r": 4, "lora_alpha": 8, "target_modules": ["k_proj", "v_proj"]},
+        {"r": 4, "lora_alpha": 32, "target_modules": ["k_proj", "v_proj"]},
         EVERYTHING,
     ),
     "opt": (
