@@ -171,7 +171,24 @@ def name_skipped(config: PreTrainedConfig, whole: PreTrainedModel) -> None:
 def settle(module: PreTrainedModel) -> None:
     """Once the weights are read: compressed-tensors would make them dense in the first forward."""
     if hasattr(module, "ct_decompress_hook"):
-        module.hf_quantizer.compressor.decompress_model(module)
+        with alone(module.config):
+            module.hf_quantizer.compressor.decompress_model(module)
+
+
+@contextlib.contextmanager
+def alone(config: PreTrainedConfig) -> Iterator[None]:
+    """Inside it each rank works for itself: compressed-tensors deals modules out to all ranks of the world.
+
+    Ranks of other stages have other modules, and wait for ever.
+    """
+    how = _how(config)
+    if how is None or how["quant_method"] != "compressed-tensors":
+        yield
+        return
+    from compressed_tensors.offload import as_single_threaded
+
+    with as_single_threaded():
+        yield
 
 
 @contextlib.contextmanager
