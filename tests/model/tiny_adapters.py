@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 
 import torch
@@ -71,7 +72,9 @@ def make(architecture: str, folder: Path, number: int, **overrides) -> PeftModel
 
 def adapt(model: PreTrainedModel, folder: Path, number: int, config: dict) -> PeftModel:
     """model with a random adapter, which is saved to folder."""
-    model = get_peft_model(model, LoraConfig(**config))
+    with warnings.catch_warnings():  # of transformers, and of fan_in_fan_out, which changes nothing here
+        warnings.simplefilter("ignore")
+        model = get_peft_model(model, LoraConfig(**config))
     generator = torch.Generator().manual_seed(number)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
