@@ -81,6 +81,12 @@ def prepare(settings: Settings, config: PreTrainedConfig) -> None:
     config.quantization_config = how | ({"dequantize": True} if dense else {})
 
 
+def kept(config: PreTrainedConfig) -> str | None:
+    """The method whose form the weights keep once they are read; None where they are dense."""
+    how = _how(config)
+    return how["quant_method"] if how is not None and not how.get("dequantize") else None
+
+
 def rounds_activations(config: PreTrainedConfig) -> bool:
     """Whether inputs of linears are quantised too: a last bit can then move a product by a whole step."""
     how = _how(config)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from broken import break_where_asked
 from tiny_models import build, save
+from tiny_quantised import quantise
 
 from ds_serve import checking, demo
 from ds_serve.attention.builder import load_ops
@@ -77,6 +78,18 @@ def test_fused_layers_match_and_the_certificate_says_which_they_are(tmp_path):
     assert [row.done for row in found.rows] == [AS_IS, FUSED, FUSED, FUSED, FUSED]
     off = checking.check(Settings(model=str(tmp_path), injection="off", **SMALL))
     assert off.matches and {row.done for row in off.rows} == {AS_IS, "mode is off"}
+
+
+def test_a_checkpoint_that_is_dense_once_read_is_checked_against_its_dense_form(tmp_path):
+    found = checking.check(Settings(model=quantise("fp8", tmp_path, torch.bfloat16), **SMALL))
+    assert found.matches and found.dtype == "bfloat16", found.table()
+    assert found.rows[1].local > 1e-3  # bfloat16 against float32, not against itself
+
+
+def test_a_checkpoint_that_stays_quantised_has_no_original(tmp_path, capsys):
+    pytest.importorskip("torchao")
+    assert main(["check", quantise("torchao-int8", tmp_path)]) == 2
+    assert "its weights stay as torchao quantised them" in capsys.readouterr().err
 
 
 # -- wrong ones --------------------------------------------------------------------------------
