@@ -47,7 +47,8 @@ def judge_local(
 ) -> None:
     """Sets row's local fields from errors [T] of the served part and, in half precision, the yardstick's."""
     bounds = _bounds(found, yardstick, eps, LOCAL_FP32)
-    row.local, row.local_bound = found.max().item(), bounds[_worst(found, bounds)].item()
+    worst = _worst(found, bounds)
+    row.local, row.local_bound = found[worst].item(), bounds[worst].item()
     row.over = int((~(found <= bounds)).sum())
     row.over_allowed = int(FLIPPED_SHARE * len(found)) if has_experts else 0
 

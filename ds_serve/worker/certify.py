@@ -180,12 +180,11 @@ class _Comparison:
         self._model, self._grid = model, grid
         self._eps = torch.finfo(model.dtype).eps
         self._count = sum(map(len, sequences))
-        dtypes = [torch.float32] if model.dtype == torch.float32 else [torch.float32, model.dtype]
+        self._original = Original(settings, torch.float32, model.device)
         self._chains = [
-            _Chain(Original(settings, dtype, model.device), sequences, self._receive(dtype))
-            for dtype in dtypes
+            _Chain(self._original.in_dtype(dtype), sequences, self._receive(dtype))
+            for dtype in dict.fromkeys((torch.float32, model.dtype))
         ]
-        self._original = self._chains[0].original
 
     def _receive(self, dtype: torch.dtype) -> torch.Tensor | None:
         if self._grid.place.is_first_stage:
