@@ -163,10 +163,10 @@ class Original:
         return Place(index, tp=1, pp=len(self.kinds))
 
     def _can_be_cut(self) -> bool:
-        """Whether the last layer and the head run on hidden states alone."""
-        last = len(self.kinds) - 1
+        """Whether the first layer runs without the head, and the last one on hidden states alone."""
         try:
-            plain_output(self._read(range(last, last + 1), self._place(last)), self._device)
+            for index in (0, len(self.kinds) - 1):
+                plain_output(self._read(range(index, index + 1), self._place(index)), self._device)
         except UnsupportedModelError:
             return False
         return True
