@@ -220,7 +220,7 @@ def _repair_attention(attention: nn.Module, heads: Heads) -> None:
         attention.sinks = nn.Parameter(attention.sinks.detach()[own].clone(), requires_grad=False)
     if hasattr(attention, "split_size"):
         attention.split_size = (own.stop - own.start) * attention.head_dim
-    if type(attention).__name__ == "Phi3Attention":
+    if type(attention).__name__ in ("Phi3Attention", "Phi4MultimodalAttention"):
         counts = {"num_attention_heads": own.stop - own.start, "num_key_value_heads": kv.stop - kv.start}
         attention.config = _ConfigOfShard(attention.config, counts)
 
