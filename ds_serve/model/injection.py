@@ -35,6 +35,7 @@ from ds_serve.model.sharding import ShardedHead
 from ds_serve.model.stage import Elsewhere
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]  # sums over the tensor shards, in place
+Swap = Callable[[], float]  # its error, or raises _Mismatch
 
 # transformers.models.<family>.modeling_<family>.<Prefix>DecoderLayer and so on
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
@@ -160,10 +161,8 @@ def _decoder_layers(model: nn.Module) -> Iterator[tuple[nn.ModuleList, int]]:
                 yield layers, index
 
 
-def _sites(
-    model: nn.Module, backend: Backend, reduce: Reduce | None
-) -> Iterator[tuple[str, Callable[[], float]]]:
-    """A name and a call for each module of a known model that may be replaced: its error, or _Mismatch."""
+def _sites(model: nn.Module, backend: Backend, reduce: Reduce | None) -> Iterator[tuple[str, Swap]]:
+    """A name and a call for each module of a known model that may be replaced."""
     family = _family(model)
     if family is None:
         return
