@@ -50,6 +50,11 @@ class Workload:
     store_zone: int = 0
     max_pinned_blocks: int = 0
     prefix_caching: bool = True
+    windows: tuple[int, ...] = (0,)
+
+    @property
+    def tokens_ahead(self) -> int:
+        return self.limits.max_num_batched_tokens * self.limits.max_steps_in_flight
 
     def cache(self) -> CacheManager:
         return CacheManager(
@@ -59,6 +64,8 @@ class Workload:
             num_host_blocks=self.num_host_blocks,
             store_zone=self.store_zone,
             max_pinned_blocks=self.max_pinned_blocks,
+            windows=self.windows,
+            tokens_ahead=self.tokens_ahead,
         )
 
 
@@ -172,6 +179,7 @@ class Simulation:
             limits.num_stages,
             limits.num_ranks,
             load.num_host_blocks,
+            load.windows,
         )
         self.outputs = {request.id: [] for request in load.requests}
         self.results: deque = deque()  # of steps
@@ -244,9 +252,45 @@ class Simulation:
         self.scheduler.check_integrity()
 
 
+@st.composite
+def window_workloads(draw):
+    """With layers that see a window only: more and longer requests than the pool would hold whole."""
+    load = draw(workloads())
+    windows = draw(st.sampled_from([(5,), (2,), (9,), (0, 6), (0, 2, 9), (0, 0, 4, 4), (3, 8)]))
+    limits = replace(
+        load.limits,
+        max_num_batched_tokens=draw(st.sampled_from([1, 3, 6, load.limits.max_num_batched_tokens])),
+        max_model_len=90,
+    )
+    num_blocks = len(windows) * draw(st.integers(4, 16))
+    load = replace(load, windows=windows, limits=limits, num_blocks=num_blocks)
+    return replace(load, num_host_blocks=0, max_pinned_blocks=draw(st.integers(0, num_blocks // 2)))
+
+
 @settings(max_examples=150, deadline=None)
 @given(workloads())
 def test_every_request_ends_once_with_the_right_tokens_and_every_block_comes_back(load):
+    check_everything(load)
+
+
+@settings(max_examples=200, deadline=None)
+@given(window_workloads())
+def test_the_same_where_blocks_are_given_back_when_they_leave_a_window(load):
+    check_everything(load)
+
+
+@settings(max_examples=100, deadline=None)
+@given(window_workloads())
+def test_with_windows_too_a_prompt_that_is_admitted_is_computed_without_preemption(load):
+    requests = [
+        make_request(request.id, request.prompt_token_ids, 1, priority=request.priority)
+        for request in load.requests
+    ]
+    load = replace(load, requests=requests, limits=replace(load.limits, audit_share=0.0))
+    assert Simulation(load).run().scheduler.stats().num_preemptions == 0
+
+
+def check_everything(load):
     simulation = Simulation(load).run()
     scheduler, outputs = simulation.scheduler, simulation.outputs
 
@@ -265,7 +309,8 @@ def test_every_request_ends_once_with_the_right_tokens_and_every_block_comes_bac
         elif ends[0] == "error":
             assert not tokens
             total = len(request.prompt_token_ids) + request.params.max_tokens
-            is_too_long = total > load.limits.max_model_len or total - 1 > load.num_blocks * BLOCK
+            needed = load.cache().windows.most_blocks(total - 1)
+            is_too_long = total > load.limits.max_model_len or needed > load.num_blocks
             error = outputs[request.id][-1].error
             assert is_too_long or (request.cache_key and request.pin == "must" and "pinned" in error)
         else:
