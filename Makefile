@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/pip --disable-pip-version-check
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install chromium run test test-ranks test-model test-all unit lint format clean
+.PHONY: install chromium run test test-ranks test-others test-all unit lint format clean
 
 install: $(STAMP)
 
@@ -28,16 +28,16 @@ chromium:
 	@command -v chromium >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
 	  { apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium >/dev/null; } || true
 
-# What talks to servers first, alone; then ranks beside models, which both wait a lot.
+# What drives browsers and clients first, alone; then ranks, which wait a lot, beside all others.
 test: install chromium lint
-	python -m pytest tests/chat tests/clients tests/serve
-	$(MAKE) -j2 --no-print-directory test-ranks test-model
+	python -m pytest tests/chat tests/clients
+	$(MAKE) -j2 --no-print-directory test-ranks test-others
 
 test-ranks: install
 	env -u MAKEFLAGS python -m pytest tests/ranks  # ninja would take make's jobs for its own
 
-test-model: install
-	env -u MAKEFLAGS python -m pytest tests/gpu tests/model tests/unit
+test-others: install
+	env -u MAKEFLAGS python -m pytest tests/gpu tests/model tests/serve tests/unit
 
 # The whole matrix of ranks x models beside it.
 test-all: export DS_SERVE_TEST_ALL = 1

@@ -35,13 +35,16 @@ class Backend(Protocol):
         chunk: int | None = None,
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
+        key_bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Writes the step's k [T,Hk,Dk] and v [T,Hk,Dv] into the slab, then attends causally from
         q [T,H,Dk] over each row's whole context; returns [T,H,Dv].
 
         layer indexes batch.layout.layers. window w: key j is visible to query i iff i-w < j <= i.
         chunk c: only keys with j//c == i//c. softcap s: scores become s*tanh(score/s). sinks [H]: one
-        extra logit a head in the softmax's denominator. H is a multiple of Hk; q, k, v may have any
+        extra logit a head in the softmax's denominator. key_bias float32 [H, longest context or more]: added
+        to the scaled score of head h and the key at position j (ALiBi); ValueError together with softcap, or
+        where a row's context is longer. H is a multiple of Hk; q, k, v may have any
         strides but the last, which is 1.
         """
 

@@ -47,6 +47,7 @@ class CpuBackend:
         chunk: int | None = None,
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
+        key_bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         layout = batch.layout
         return torch.ops.ds_serve.paged_attention(
@@ -66,4 +67,5 @@ class CpuBackend:
             chunk or 0,
             softcap or 0.0,
             sinks,
+            key_bias,
         )

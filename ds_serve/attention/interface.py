@@ -97,13 +97,14 @@ def paged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    key_bias: torch.Tensor | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function: query [1,H,T,Dk], key [1,Hk,T,Dk], value [1,Hk,T,Dv].
 
-    Returns ([1,T,H,Dv], None). UnsupportedModelError for any keyword that would change the result and
-    is not computed here.
+    key_bias is the backend's, and comes from model/adapters.py only. Returns ([1,T,H,Dv], None).
+    UnsupportedModelError for any keyword that would change the result and is not computed here.
     """
     _refuse_unknown(module, attention_mask, is_causal, kwargs)
     if query.shape[0] != 1:
@@ -131,6 +132,7 @@ def paged_attention(
         chunk=chunk,
         softcap=softcap,
         sinks=s_aux,
+        key_bias=key_bias,
     )
     return out[None], None
 

@@ -52,8 +52,11 @@ class ReferenceBackend:
         chunk: int | None = None,
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
+        key_bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         layout = batch.layout
+        if key_bias is not None:
+            _check_bias(key_bias, batch, q.shape[1], softcap)
         keys = region(batch, layout.k_offset(layer), k.shape[1], k.shape[2])
         values = region(batch, layout.v_offset(layer), v.shape[1], v.shape[2])
         block, offset = batch.slot_mapping // layout.block_size, batch.slot_mapping % layout.block_size
@@ -75,8 +78,19 @@ class ReferenceBackend:
                 scale,
                 softcap,
                 sinks,
+                None if key_bias is None else key_bias[:, :length],
             )
         return out
+
+
+def _check_bias(bias: torch.Tensor, batch: AttentionBatch, heads: int, softcap: float | None) -> None:
+    longest = int(batch.context_len.max())
+    if softcap is not None:
+        raise ValueError("key_bias: not together with softcap")
+    if bias.dim() != 2 or len(bias) != heads or bias.dtype != torch.float32 or bias.shape[1] < longest:
+        raise ValueError(
+            f"key_bias: must be float32[{heads}, {longest} or more], got {bias.dtype}{list(bias.shape)}"
+        )
 
 
 def attend(
@@ -87,15 +101,20 @@ def attend(
     scale: float,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    key_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Dense attention of one sequence. q [Q,H,Dk], k [C,Hk,Dk], v [C,Hk,Dv], mask [Q,C] -> [Q,H,Dv]."""
+    """Dense attention of one sequence. q [Q,H,Dk], k [C,Hk,Dk], v [C,Hk,Dv], mask [Q,C], key_bias [H,C]
+    -> [Q,H,Dv]."""
     group = q.shape[1] // k.shape[1]
     keys = k.transpose(0, 1).repeat_interleave(group, 0)
     values = v.transpose(0, 1).repeat_interleave(group, 0)
     scores = torch.matmul(q.transpose(0, 1), keys.transpose(1, 2)) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.float().masked_fill(~mask, float("-inf"))
+    scores = scores.float()
+    if key_bias is not None:
+        scores = scores + key_bias[:, None]
+    scores = scores.masked_fill(~mask, float("-inf"))
     if sinks is not None:
         extra = sinks.float().reshape(-1, 1, 1).expand(-1, scores.shape[1], 1)
         probs = torch.cat([scores, extra], -1).softmax(-1)[..., :-1]

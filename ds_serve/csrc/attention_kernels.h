@@ -46,6 +46,8 @@ struct Tile {
   float* lane_sums;      // [rows][16] sums of p
   const int64_t* low;    // [rows] first visible key, not decreasing
   const int64_t* high;   // [rows] last visible key, not decreasing
+  const float** bias;    // [rows] what is added to a row's scores, by the key's position, in units of e; null for none
+  int64_t bias_length;   // keys that each bias is given for
   float scale;           // of q.k: gives log2 units, or tanh's argument where there is a cap
   float cap;             // soft cap in log2 units; 0 for none
   float* scores;         // [kMicroRows][kRange] scratch
@@ -101,6 +103,17 @@ void score(const Tile& tile, int row, const Range& range, int begin, int end) {
   }
 }
 
+// Adds to one row's scores of blocks [begin, end) their keys' biases. What the last block has beyond the
+// biases is masked later: no visible key is without one.
+inline void add_bias(const Tile& tile, int row, float* scores, int64_t first_key, int begin, int end) {
+  const float* bias = tile.bias[row] + first_key;
+  for (int b = begin; b < end; b++) {
+    const int64_t lanes = std::min<int64_t>(tile.bias_length - first_key - b * kSub, kSub);
+    const vec::Vec16 own = vec::load(bias + b * kSub, int(lanes));
+    vec::store(scores + b * kSub, vec::fma(own, vec::set1(vec::kLog2e), vec::load(scores + b * kSub)));
+  }
+}
+
 // Masks one row's scores of blocks [begin, end) and returns their largest.
 inline float mask_and_max(const Tile& tile, int row, float* scores, int64_t first_key, int begin, int end) {
   const int low = int(std::clamp<int64_t>(tile.low[row] - first_key, 0, kRange));
@@ -108,6 +121,7 @@ inline float mask_and_max(const Tile& tile, int row, float* scores, int64_t firs
   if (tile.cap != 0.0f)
     for (int b = begin; b < end; b++)
       vec::store(scores + b * kSub, vec::tanh(vec::load(scores + b * kSub)) * vec::set1(tile.cap));
+  if (tile.bias) add_bias(tile, row, scores, first_key, begin, end);
   auto mask = [&](int b) {
     vec::Vec16 x = vec::load(scores + b * kSub);
     vec::store(scores + b * kSub, vec::keep_lanes(x, low - b * kSub, high - b * kSub, kMasked));

@@ -36,6 +36,8 @@ struct Call {
   float scale, softcap;
   int64_t window, chunk;
   const float* sinks;  // null for none
+  const float* bias;   // [heads][bias_length] added to scores by the key's position; null for none
+  int64_t bias_length;
 
   int k_words() const { return k_dim / kPerWord<T>; }
   int v_stride() const { return (v_dim + kSub - 1) / kSub * kSub; }
@@ -169,6 +171,7 @@ std::vector<std::pair<int64_t, int>> find_runs(const int64_t* slots, int64_t tok
 struct Scratch {
   std::vector<uint32_t> words;
   std::vector<int64_t> bounds;
+  std::vector<const float*> biases;
 
   template <typename T>
   Tile tile(const Call<T>& c, int max_rows) {
@@ -176,6 +179,7 @@ struct Scratch {
     const size_t need = q + out + rows * (1 + kSub) + 2 * kMicroRows * kRange + kSub;
     if (words.size() < need) words.resize(need);
     if (bounds.size() < 2 * rows) bounds.resize(2 * rows);
+    if (biases.size() < rows) biases.resize(rows);
     const size_t skew = (64 - reinterpret_cast<uintptr_t>(words.data()) % 64) % 64 / 4;
     uint32_t* scores = words.data() + skew;
     uint32_t* probs = scores + kMicroRows * kRange;
@@ -183,8 +187,8 @@ struct Scratch {
     float* lane_sums = sums + out;
     float* top = lane_sums + rows * kSub;
     return Tile{0, c.k_words(), c.v_dim, c.v_stride(), reinterpret_cast<uint32_t*>(top + rows), sums, top,
-                lane_sums, bounds.data(), bounds.data() + rows, 0.0f, 0.0f,
-                reinterpret_cast<float*>(scores), probs};
+                lane_sums, bounds.data(), bounds.data() + rows, c.bias ? biases.data() : nullptr, c.bias_length,
+                0.0f, 0.0f, reinterpret_cast<float*>(scores), probs};
   }
 };
 
@@ -205,6 +209,7 @@ void load_queries(const Call<T>& c, const Item& item, Tile& tile) {
     low[row] = std::max(item.key_begin, first_visible(c, position));
     high[row] = std::min(item.key_end - 1, position);
     tile.top[row] = kNoScore;
+    if (c.bias) tile.bias[row] = c.bias + head * c.bias_length;
   }
   std::fill_n(tile.lane_sums, tile.rows * kSub, 0.0f);
   std::fill_n(tile.out, int64_t(tile.rows) * tile.v_stride, 0.0f);
@@ -351,13 +356,24 @@ void check_tensors(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
                     "slab: the layer's regions do not lie within a block's row");
 }
 
+void check_bias(const at::Tensor& bias, const at::Tensor& context_len, int64_t heads, double softcap) {
+  TORCH_CHECK_VALUE(bias.dim() == 2 && bias.scalar_type() == at::kFloat && bias.is_contiguous() &&
+                        bias.size(0) == heads, "key_bias: must be contiguous float32[", heads, ", keys]");
+  TORCH_CHECK_VALUE(softcap == 0, "key_bias: not together with softcap");
+  const int32_t* length = context_len.const_data_ptr<int32_t>();
+  for (int64_t r = 0; r < context_len.numel(); r++)
+    TORCH_CHECK_VALUE(length[r] <= bias.size(1), "key_bias: is given for ", bias.size(1), " keys, row ", r,
+                      " has ", length[r]);
+}
+
 }  // namespace
 
 at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Tensor& slab,
                            int64_t k_offset, int64_t v_offset, int64_t block_size, const at::Tensor& slot_mapping,
                            const at::Tensor& query_start, const at::Tensor& context_len,
                            const at::Tensor& block_tables, double scale, int64_t window, int64_t chunk,
-                           double softcap, const std::optional<at::Tensor>& sinks) {
+                           double softcap, const std::optional<at::Tensor>& sinks,
+                           const std::optional<at::Tensor>& key_bias) {
   check_tensors(q, k, v, slab, k_offset, v_offset, block_size);
   check_rows(slot_mapping, query_start, context_len, block_tables, q.size(0), block_size, slab.size(0));
   TORCH_CHECK_VALUE(window >= 0 && chunk >= 0 && softcap >= 0, "window, chunk, softcap: must be at least 0");
@@ -366,6 +382,7 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k, const at::T
     TORCH_CHECK_VALUE(sinks->numel() == q.size(1), "sinks: must have one value a head");
     sink_values = sinks->to(at::kFloat).contiguous();
   }
+  if (key_bias) check_bias(*key_bias, context_len, q.size(1), softcap);
   at::Tensor out = at::empty({q.size(0), q.size(1), v.size(2)}, q.options());
   auto call = [&]<typename T>(T) {
     auto at_type = [](const at::Tensor& x) { return static_cast<T*>(x.data_ptr()); };
@@ -376,7 +393,8 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k, const at::T
         int(q.size(1) / k.size(1)), int(k.size(2)), int(v.size(2)), int(block_size),
         slot_mapping.const_data_ptr<int64_t>(), query_start.const_data_ptr<int32_t>(),
         context_len.const_data_ptr<int32_t>(), block_tables.const_data_ptr<int32_t>(), block_tables.size(1),
-        float(scale), float(softcap), window, chunk, sinks ? sink_values.const_data_ptr<float>() : nullptr};
+        float(scale), float(softcap), window, chunk, sinks ? sink_values.const_data_ptr<float>() : nullptr,
+        key_bias ? key_bias->const_data_ptr<float>() : nullptr, key_bias ? key_bias->size(1) : 0};
     run(c, q.size(0), int(context_len.numel()));
   };
   if (slab.scalar_type() == at::kFloat) {
@@ -392,7 +410,7 @@ namespace {
 at::Tensor paged_attention_meta(const at::Tensor& q, const at::Tensor&, const at::Tensor& v, at::Tensor&, int64_t,
                                 int64_t, int64_t, const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                 const at::Tensor&, double, int64_t, int64_t, double,
-                                const std::optional<at::Tensor>&) {
+                                const std::optional<at::Tensor>&, const std::optional<at::Tensor>&) {
   return at::empty_symint({q.sym_size(0), q.sym_size(1), v.sym_size(2)}, q.options());
 }
 
@@ -402,7 +420,8 @@ TORCH_LIBRARY_FRAGMENT(ds_serve, m) {
   m.def(
       "paged_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) slab, int k_offset, int v_offset, "
       "int block_size, Tensor slot_mapping, Tensor query_start, Tensor context_len, Tensor block_tables, "
-      "float scale, int window, int chunk, float softcap, Tensor? sinks) -> Tensor");
+      "float scale, int window, int chunk, float softcap, Tensor? sinks, "
+      "Tensor? key_bias) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(ds_serve, CPU, m) { m.impl("paged_attention", paged_attention); }

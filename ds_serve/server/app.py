@@ -13,6 +13,7 @@ from typing import Annotated
 import msgspec
 from fastapi import FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 
 from ds_serve.config import Settings
@@ -56,6 +57,15 @@ from ds_serve.server.tokens import (
 _STATS_TIMEOUT_S = 1.0
 
 
+class _Rest(PathConvertor):
+    """The rest of a path as it is: starlette's own "path" ends at a line's end, and keys may hold one."""
+
+    regex = r"[\s\S]*"
+
+
+register_url_convertor("rest", _Rest())
+
+
 def create_app(front: Front, settings: Settings | None = None, keys: KeyRing | None = None) -> FastAPI:
     """The routes; with settings behind the gate, which asks for one of the keys, if there are any."""
     app = FastAPI(title="ds_serve", version=package_version(), telemetry=telemetry(front.tracing))
@@ -85,7 +95,7 @@ def _add_openai_routes(app: FastAPI, front: Front) -> None:
         """The model that is served, the only one."""
         return json_reply({"object": "list", "data": [card()]})
 
-    @app.get("/v1/models/{name:path}", response_model=ModelCard)
+    @app.get("/v1/models/{name:rest}", response_model=ModelCard)
     async def retrieve_model(name: str) -> Response:
         """The model of this name, if it is served."""
         front.check_model(name)
@@ -106,7 +116,7 @@ def _add_openai_routes(app: FastAPI, front: Front) -> None:
         """One answer, as OpenAI's newer API words it. Nothing is stored: send the whole conversation."""
         return await responses(front, body, http)
 
-    @app.delete("/v1/cache/{prompt_cache_key:path}", status_code=204)
+    @app.delete("/v1/cache/{prompt_cache_key:rest}", status_code=204)
     async def release_cache_key(
         prompt_cache_key: Annotated[str, Path(min_length=1, max_length=MAX_CACHE_KEY_CHARS)],
         cache_salt: Annotated[str, Query(description="the salt that the key was used with")] = "",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from urllib.parse import parse_qsl
 
 import msgspec
 from starlette.applications import Starlette
@@ -23,6 +24,9 @@ from ds_serve.server.keys import KeyRing
 
 # Answered also when the server is full or draining; the open ones of them without a key.
 SERVICE_PATHS = frozenset({"/health", "/ready", "/version", "/metrics"})
+
+# The query parameters of paths that begin so; no other path takes any.
+QUERIES = {"/v1/cache/": frozenset({"cache_salt"})}
 
 DRAINING_RETRY_S = 5
 TIMEOUT_HEADER = "X-Request-Timeout"
@@ -141,6 +145,8 @@ class Gate:
                     code="too_many_requests",
                     retry_after_s=_FULL_RETRY_S,
                 )
+        if scope["query_string"]:
+            _check_query(path, scope["query_string"])
         if TIMEOUT_HEADER_KEY in headers or self._timeout_s is not None:
             state["timeout_s"] = _timeout_s(headers.get(TIMEOUT_HEADER_KEY), self._timeout_s)
 
@@ -197,6 +203,16 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
+
+
+def _check_query(path: str, query: bytes) -> None:
+    """Raises ApiError 400 for a parameter that nobody reads, or that is there twice."""
+    left = set(next((names for start, names in QUERIES.items() if path.startswith(start)), ()))
+    for name, _ in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
+        if name not in left:
+            message = f"{name}: unknown, not supported, or given twice in the query"
+            raise ApiError(400, message, param=name, code="unsupported_parameter")
+        left.remove(name)
 
 
 def _timeout_s(asked: bytes | None, limit: float | None) -> float:

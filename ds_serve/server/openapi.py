@@ -88,7 +88,7 @@ def _statuses(path: str, operation: dict[str, Any], gated: bool, asks_for_key: b
     statuses = {"500"}
     if path not in ("/version", "/metrics"):
         statuses.add("503")
-    if "requestBody" in operation or "parameters" in operation:
+    if gated or "requestBody" in operation:
         statuses.add("400")
     if "requestBody" in operation or path.startswith("/v1/models/"):
         statuses.add("404")

@@ -106,6 +106,7 @@ def cases(draw):
         "chunk": draw(st.sampled_from([None, None, 1, 24, 128])),
         "softcap": draw(st.sampled_from([None, None, 3.0, 50.0])),
         "sinks": draw(st.booleans()),
+        "key_bias": draw(st.sampled_from([None, None, 0, 5])),  # columns beyond the longest context
         "seed": draw(st.integers(0, 2**31)),
     }
 
@@ -126,6 +127,11 @@ def test_op_equals_reference(case):
     options = {k: case[k] for k in ("window", "chunk", "softcap")}
     options["scale"] = 1.3 * layer.k_dim**-0.5
     options["sinks"] = rows.random(heads) if case["sinks"] else None
+    options["key_bias"] = None
+    if case["key_bias"] is not None:
+        options["softcap"] = None  # refused together
+        longest = max(map(sum, zip(*case["steps"], strict=True)))
+        options["key_bias"] = 3 * rows.random(heads, longest + case["key_bias"])
     for step in case["steps"]:
         counts = [(i, n) for i, n in enumerate(step) if n]
         batch = rows.step(counts, slab, layout)
@@ -141,30 +147,32 @@ def test_op_equals_reference(case):
     assert torch.equal(slab.view(torch.uint8)[:, :first], untouched[:, :first])
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_does_not_depend_on_its_batch_or_on_threads(dtype):
+def test_a_row_does_not_depend_on_its_batch_or_on_threads(dtype, biased):
     """Bit for bit: alone or with others, whole or in chunks of any size, one thread or two."""
     layer = LayerKV(2, 64, 64)
     layout = KVLayout([layer], 16, dtype)
     rows = Rows(16, 200, 0)
     slab = layout.allocate(200, "cpu")
     backend = CpuBackend()
+    options = {"scale": 0.125, "key_bias": rows.random(6, 701) if biased else None}
     full = rows.step([(0, 700), (1, 130)], slab, layout)
     q, k, v = qkv(rows, 830, 6, layer, dtype)
-    together = backend.forward(0, q, k, v, full, scale=0.125)
+    together = backend.forward(0, q, k, v, full, **options)
     alone = Rows(16, 200, 1)
     other = layout.allocate(200, "cpu")
     try:
         parts = []
         for begin, end in ((0, 300), (300, 333), (333, 700)):
             batch = alone.step([(0, end - begin)], other, layout)
-            parts.append(backend.forward(0, q[begin:end], k[begin:end], v[begin:end], batch, scale=0.125))
+            parts.append(backend.forward(0, q[begin:end], k[begin:end], v[begin:end], batch, **options))
         assert torch.equal(torch.cat(parts), together[:700])
         one = rows.step([(0, 1)], slab, layout), alone.step([(0, 1)], other, layout)
         q, k, v = qkv(rows, 1, 6, layer, dtype)
-        single = backend.forward(0, q, k, v, one[1], scale=0.125)
+        single = backend.forward(0, q, k, v, one[1], **options)
         torch.set_num_threads(2)
-        assert torch.equal(backend.forward(0, q, k, v, one[0], scale=0.125), single)
+        assert torch.equal(backend.forward(0, q, k, v, one[0], **options), single)
     finally:
         torch.set_num_threads(1)
 
@@ -223,6 +231,11 @@ def test_wrong_arguments_are_named():
         forward(0, q.bfloat16(), k, v, batch, scale=1.0)
     with pytest.raises(ValueError, match="sinks"):
         forward(0, q, k, v, batch, scale=1.0, sinks=torch.zeros(3))
+    for bias in (torch.zeros(3, 64), torch.zeros(2, 19), torch.zeros(64, 2).t(), torch.zeros(2, 64).double()):
+        with pytest.raises(ValueError, match="key_bias"):
+            forward(0, q, k, v, batch, scale=1.0, key_bias=bias)
+    with pytest.raises(ValueError, match="softcap"):
+        forward(0, q, k, v, batch, scale=1.0, softcap=2.0, key_bias=torch.zeros(2, 64))
     assert not region(batch, 0, 1, 16).any(), "a refused call wrote into the slab"
 
 
@@ -233,7 +246,7 @@ def test_op_is_traceable():
     batch = rows.step([(0, 20)], layout.allocate(4, "cpu"), layout)
     q, k, v = qkv(rows, 20, 2, layer, torch.float32)
     arguments = (q, k, v, batch.slab, 0, layout.v_offset(0), 16, batch.slot_mapping, batch.query_start)
-    arguments += (batch.context_len, batch.block_tables, 1.0, 0, 0, 0.0, None)
+    arguments += (batch.context_len, batch.block_tables, 1.0, 0, 0, 0.0, None, torch.zeros(2, 20))
     torch.library.opcheck(torch.ops.ds_serve.paged_attention.default, arguments)
 
 

@@ -51,11 +51,12 @@ def single_row(layout: KVLayout, slab, table: list[int], begin: int, end: int) -
     chunk=st.sampled_from([None, 8]),
     softcap=st.sampled_from([None, 2.0]),
     sinks=st.booleans(),
+    biased=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=60, deadline=None)
-def test_reference_equals_eager(length, cut, heads, dims, window, chunk, softcap, sinks, dtype, seed):
+def test_reference_equals_eager(length, cut, heads, dims, window, chunk, softcap, sinks, biased, dtype, seed):
     """In two calls, the second reading what the first wrote, against one dense call."""
     generator = torch.Generator().manual_seed(seed)
     (num_heads, kv_heads), (k_dim, v_dim) = heads, dims
@@ -68,13 +69,16 @@ def test_reference_equals_eager(length, cut, heads, dims, window, chunk, softcap
     module = nn.Module().eval()
     module.num_key_value_groups = num_heads // kv_heads
     module.sinks = random(num_heads).float()
-    if sinks:
+    key_bias = random(num_heads, 40).float() if biased else None
+    if sinks or biased:
         softcap = None  # no model has both
-        want, _ = eager_with_sinks(module, q, k, v, dense_mask(length, window, chunk), scaling=0.4)
+    mask = dense_mask(length, window, chunk)
+    if biased:
+        mask = mask + key_bias[None, :, None, :length]
+    if sinks:
+        want, _ = eager_with_sinks(module, q, k, v, mask, scaling=0.4)
     else:
-        want, _ = eager(
-            module, q, k, v, dense_mask(length, window, chunk).to(dtype), scaling=0.4, softcap=softcap
-        )
+        want, _ = eager(module, q, k, v, mask.to(dtype), scaling=0.4, softcap=softcap)
     layout = KVLayout([LayerKV(1, 8, 8), LayerKV(kv_heads, k_dim, v_dim)], 4, dtype)
     slab = layout.allocate(12, "cpu")
     table = torch.randperm(12, generator=generator).tolist()
@@ -85,7 +89,7 @@ def test_reference_equals_eager(length, cut, heads, dims, window, chunk, softcap
             batch = single_row(layout, slab, table, begin, end)
             rows = (x[0, :, begin:end].transpose(0, 1) for x in (q, k, v))
             options = {"window": window, "chunk": chunk, "softcap": softcap}
-            options["sinks"] = module.sinks if sinks else None
+            options |= {"sinks": module.sinks if sinks else None, "key_bias": key_bias}
             parts.append(ReferenceBackend().forward(1, *rows, batch, scale=0.4, **options))
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(torch.cat(parts), want[0], atol=tolerance, rtol=tolerance)
@@ -107,6 +111,17 @@ def test_regions_are_aligned_and_do_not_overlap(shapes, block_size, dtype):
     assert end <= layout.block_elems and layout.bytes_per_block % 64 == 0
     slab = layout.allocate(3, "cpu")
     assert slab.shape == (3, layout.block_elems) and slab.dtype == dtype and not slab.any()
+
+
+def test_a_bias_that_does_not_fit_is_refused():
+    layout = KVLayout([LayerKV(1, 8, 8)], 4, torch.float32)
+    batch = single_row(layout, layout.allocate(4, "cpu"), [0, 1, 2], 0, 9)
+    q, k = torch.zeros(9, 2, 8), torch.zeros(9, 1, 8)
+    for bias in (torch.zeros(1, 9), torch.zeros(2, 8), torch.zeros(2, 9).double()):
+        with pytest.raises(ValueError, match=r"key_bias: must be float32\[2, 9 or more\]"):
+            ReferenceBackend().forward(0, q, k, k, batch, scale=1.0, key_bias=bias)
+    with pytest.raises(ValueError, match="softcap"):
+        ReferenceBackend().forward(0, q, k, k, batch, scale=1.0, softcap=2.0, key_bias=torch.zeros(2, 9))
 
 
 def test_bad_layouts_are_refused():

@@ -235,6 +235,28 @@ def test_a_time_that_is_none_is_refused(server, value):
     assert (status, error.param) == (400, "X-Request-Timeout") and repr(value) in error.message
 
 
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/v1/models?limit=3", "limit"),
+        ("/v1/cache/key?cache_salt=a&salt=b", "salt"),
+        ("/v1/cache/key?cache_salt=a&cache_salt=b", "cache_salt"),
+        ("/version?x", "x"),
+    ],
+)
+def test_a_query_that_nobody_reads_is_refused(server, path, name):
+    status, error = error_of(server.http.request("DELETE" if "cache" in path else "GET", path))
+    assert (status, error.param, error.code) == (400, name, "unsupported_parameter")
+
+
+def test_a_query_that_is_read_comes_through(server):
+    assert server.http.delete("/v1/cache/key?cache_salt=%C3%9F").status_code == 204
+
+
+def test_a_key_in_the_path_may_hold_anything(server):
+    assert server.http.delete("/v1/cache/a%0Ab%2Fc%3F").status_code == 204
+
+
 def test_the_clients_time_ends_a_request(server):
     server.engine.hold.set()
     headers = {"X-Request-Timeout": "0.05"}
@@ -319,10 +341,10 @@ def test_a_line_for_each_request(locked, lines):
     def ask(name, method, path, **options):
         return locked.http.request(method, path, headers=KEY | {"X-Request-Id": name}, **options)
 
-    answer = ask("one", "POST", "/v1/completions?q=secret", json=secret)
+    answer = ask("one", "POST", "/v1/completions", json=secret)
     ask("two", "POST", "/v1/completions", json=secret | {"stream": True}).read()
     ask("three", "GET", "/v1/models/a%0Ab")
-    locked.http.get("/v1/models", headers={"X-Request-Id": "four"})
+    locked.http.get("/v1/models?q=secret", headers={"X-Request-Id": "four"})
     one, stream, missing, stranger = (line_of(lines, name) for name in ("one", "two", "three", "four"))
     assert one.pop("time").endswith("+00:00") and one.pop("duration_ms") > 0
     usage = answer.json()["usage"]
