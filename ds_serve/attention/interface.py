@@ -111,7 +111,8 @@ def paged_attention(
         raise ValueError(f"input_ids: must be one packed row, got a batch of {query.shape[0]}")
     recorder = _recorder.get()
     if recorder is not None:
-        shape = LayerKV(key.shape[1], key.shape[3], value.shape[3])
+        local = [size for size in _locality(module, attention_mask, sliding_window) if size]
+        shape = LayerKV(key.shape[1], key.shape[3], value.shape[3], min(local, default=0))
         recorder.calls.append((module.layer_idx, shape))
     if recorder is not None or key.shape[1] == 0:
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None

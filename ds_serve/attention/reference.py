@@ -19,6 +19,12 @@ def region(batch: AttentionBatch, offset: int, heads: int, dim: int) -> torch.Te
     return flat.unflatten(1, (size, heads, dim))
 
 
+def first_visible(position: int, window: int | None, chunk: int | None) -> int:
+    """The first position that a query at this one sees."""
+    low = 0 if window is None else max(0, position - window + 1)
+    return low if chunk is None else max(low, position // chunk * chunk)
+
+
 def visible(
     query_len: int, context_len: int, window: int | None, chunk: int | None, device: torch.device
 ) -> torch.Tensor:
@@ -59,7 +65,8 @@ class ReferenceBackend:
             _check_bias(key_bias, batch, q.shape[1], softcap)
         keys = region(batch, layout.k_offset(layer), k.shape[1], k.shape[2])
         values = region(batch, layout.v_offset(layer), v.shape[1], v.shape[2])
-        block, offset = batch.slot_mapping // layout.block_size, batch.slot_mapping % layout.block_size
+        slot_mapping, block_tables = batch.tables(layer)
+        block, offset = slot_mapping // layout.block_size, slot_mapping % layout.block_size
         keys[block, offset] = k.to(keys.dtype)
         values[block, offset] = v.to(values.dtype)
         out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
@@ -68,17 +75,20 @@ class ReferenceBackend:
             first, last = starts[row], starts[row + 1]
             if first == last:
                 continue
-            table = batch.block_tables[row, : -(-length // layout.block_size)].long()
-            mask = visible(last - first, length, window, chunk, q.device)
+            # From the first block on that a query sees: what is before may be gone.
+            hidden = first_visible(length - (last - first), window, chunk) // layout.block_size
+            table = block_tables[row, hidden : -(-length // layout.block_size)].long()
+            hidden *= layout.block_size
+            mask = visible(last - first, length, window, chunk, q.device)[:, hidden:]
             out[first:last] = attend(
                 q[first:last],
-                keys[table].flatten(0, 1)[:length].to(q.dtype),
-                values[table].flatten(0, 1)[:length].to(q.dtype),
+                keys[table].flatten(0, 1)[: length - hidden].to(q.dtype),
+                values[table].flatten(0, 1)[: length - hidden].to(q.dtype),
                 mask,
                 scale,
                 softcap,
                 sinks,
-                None if key_bias is None else key_bias[:, :length],
+                None if key_bias is None else key_bias[:, hidden:length],
             )
         return out
 

@@ -283,7 +283,13 @@ def test_the_same_where_blocks_are_given_back_when_they_leave_a_window(load):
 @given(window_workloads())
 def test_with_windows_too_a_prompt_that_is_admitted_is_computed_without_preemption(load):
     requests = [
-        make_request(request.id, request.prompt_token_ids, 1, priority=request.priority)
+        make_request(
+            request.id,
+            request.prompt_token_ids,
+            1,
+            priority=request.priority,
+            prompt_logprobs=request.params.prompt_logprobs,  # such a prompt leaves room in a step for others
+        )
         for request in load.requests
     ]
     load = replace(load, requests=requests, limits=replace(load.limits, audit_share=0.0))
