@@ -47,7 +47,7 @@ LAUNCH_S = 900  # a grid with all its models
 GRIDS = [(1, 1), (2, 1), (4, 1), (1, 2), (1, 4), (2, 2)]
 PART = {
     (1, 1): ["qwen3_moe"],  # test_engine_tokens.py has others
-    (2, 1): ["qwen3", "gpt2", "mixtral"],
+    (2, 1): ["qwen3", "gpt2", "mixtral", "gemma2"],
     (4, 1): ["llama"],
     (1, 2): ["mistral", "gemma2"],
     (1, 4): ["llama"],
@@ -56,15 +56,23 @@ PART = {
 WANTED = {grid: list(MODELS) for grid in GRIDS} if os.environ.get("DS_SERVE_TEST_ALL") == "1" else PART
 
 VARIANTS = [
-    {"name": "hits", "rounds": 2, "settings": {"num_blocks": 400}},
+    {"name": "hits", "rounds": 2, "settings": {"num_blocks": 800}},
     {
         "name": "preempted",
         "rounds": 1,
         "settings": {
             "num_blocks": 24, "block_size": 4, "max_num_batched_tokens": 48, "attention": "reference",
+            "window_blocks": "off",
         },
     },
 ]  # fmt: skip
+# Of models whose layers see a window: the groups of layers, and a pool that could not hold two whole sequences.
+WINDOWS = {"mistral": [8], "gemma2": [0, 8]}
+WINDOWED = {
+    "name": "windows",
+    "rounds": 2,
+    "settings": {"num_blocks": 36, "block_size": 4, "max_num_batched_tokens": 8, "attention": "reference"},
+}
 
 
 class Saved:
@@ -126,7 +134,7 @@ def launch_grid(grid: tuple[int, int], more: dict, names: list[str], models, fol
             "prompts": PROMPTS,
             "lengths": LENGTHS,
             "settings": {"model": models(name).folder} | shape,
-            "variants": VARIANTS,
+            "variants": VARIANTS + [WINDOWED] * (name in WINDOWS),
         }
         for name in names
     ]
@@ -160,3 +168,7 @@ def test_tokens_equal_generate(grid, name, models, records):
     assert record["preempted"]["rounds"] == [wanted]
     assert record["preempted"]["preemptions"] > 0
     assert record["hits"]["blocks_lost"] == record["preempted"]["blocks_lost"] == 0
+    if name in WINDOWS:
+        assert record["windows"]["rounds"] == [wanted] * 2
+        assert record["windows"]["windows"] == WINDOWS[name]
+        assert record["windows"]["blocks_lost"] == 0
