@@ -1,4 +1,4 @@
-"""The command line: ds-serve serve | generate | bench | chat.
+"""The command line: ds-serve serve | generate | check | bench | chat.
 
 Turns flags into Settings (every setting is a flag), and starts the server or the pipeline; where these need
 several ranks and no launcher has started them, the launcher first. Heavy imports happen only in the command
@@ -64,6 +64,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_generation(generate)
     launch.add_arguments(generate)
     generate.set_defaults(command=_generate)
+    check = commands.add_parser(
+        "check", help="compare a model with transformers' own, layer by layer", description=_check.__doc__
+    )
+    _add_settings(check)
+    check.add_argument("--json", metavar="FILE", help="write the certificate there too")
+    check.add_argument("--job", help=argparse.SUPPRESS)
+    launch.add_arguments(check)
+    check.set_defaults(command=_check)
     bench = commands.add_parser(
         "bench", help="a load test of any OpenAI-compatible URL", description=bench_arguments.DESCRIPTION
     )
@@ -131,6 +139,7 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--stop", action="append", metavar="TEXT", help="end before this text (may be given again)"
     )
+    group.add_argument("--adapter", metavar="NAME", help="one of --adapters; default: the model itself")
     group.add_argument("--job", help=argparse.SUPPRESS)
 
 
@@ -192,6 +201,46 @@ def _chat(args: dict) -> int:
     return run(args)
 
 
+def _check(args: dict) -> int:
+    """Does the model compute what transformers' own does? Exit code 0: yes, 1: no, and the output names the
+    first layer that differs, 2: bad arguments or a model that is not served, 3: the check did not end."""
+    if args["job"] is not None:
+        job = Path(args["job"])
+        settings, json_file = json.loads(job.read_text(encoding="utf-8"))
+        code = _run_check(Settings.model_validate_json(settings), json_file)
+        job.write_text(str(code), encoding="utf-8")
+        return code
+    settings = _settings(args | {"log_level": args.get("log_level", "warning")})
+    options = launch.Options.take(args)
+    must_launch = _must_launch(settings, options)
+    if options.follows:
+        return launch.run(launch.several(settings, options, launch.RANK_MODULE, []))
+    if args["json"] is not None and not Path(args["json"]).resolve().parent.is_dir():
+        raise ValueError(f"--json {args['json']}: there is no such directory")
+    if not must_launch:
+        return _run_check(settings, args["json"])
+    code, left = _launch_job("check", settings, options, [args["json"]])
+    # Where ranks are lost the launcher's code is that of the first one, and not rank 0's.
+    return int(left) if left.isdecimal() else code if code > 128 else 3
+
+
+def _run_check(settings: Settings, json_file: str | None) -> int:
+    from ds_serve.checking import run
+
+    _log(settings)
+    return run(settings, json_file)
+
+
+def _launch_job(command: str, settings: Settings, options: launch.Options, job: list) -> tuple[int, str]:
+    """Starts the ranks, of which rank 0 does the job that it finds in a file. The launcher's code, and what
+    the file holds in the end."""
+    with tempfile.NamedTemporaryFile("w", prefix="ds-serve-", suffix=".json") as file:
+        json.dump([settings.model_dump_json(), *job], file)
+        file.flush()
+        code = launch.run(launch.several(settings, options, "ds_serve", [command, "--job", file.name]))
+        return code, Path(file.name).read_text(encoding="utf-8")
+
+
 class _Job(NamedTuple):
     """What generate has to do: prompts (or chats), and the pipeline's arguments for the call."""
 
@@ -212,10 +261,7 @@ def _generate(args: dict) -> int:
     job = _Job(settings, *_prompts(args))
     if not must_launch:
         return _run_job(job)
-    with tempfile.NamedTemporaryFile("w", prefix="ds-serve-", suffix=".json") as file:
-        json.dump([settings.model_dump_json(), job.inputs, job.arguments], file)
-        file.flush()
-        return launch.run(launch.several(settings, options, "ds_serve", ["generate", "--job", file.name]))
+    return _launch_job("generate", settings, options, [job.inputs, job.arguments])[0]
 
 
 def _prompts(args: dict) -> tuple[list, dict]:
@@ -224,7 +270,8 @@ def _prompts(args: dict) -> tuple[list, dict]:
     if not prompts:
         raise ValueError("no prompt: give --prompt, or lines on stdin")
     inputs = [[{"role": "user", "content": prompt}] for prompt in prompts] if args["chat"] else prompts
-    wanted = {name: args[name] for name in ("top_k", "top_p", "seed", "stop") if args[name] is not None}
+    names = ("top_k", "top_p", "seed", "stop", "adapter")
+    wanted = {name: args[name] for name in names if args[name] is not None}
     if args["temperature"] <= 0 and wanted.keys() & {"top_k", "top_p"}:
         raise ValueError("top_k and top_p do nothing at temperature 0: give --temperature")
     wanted |= {"max_new_tokens": args["max_new_tokens"], "do_sample": args["temperature"] > 0}

@@ -58,6 +58,24 @@ def parse_list(value: Any) -> Any:
     return parts
 
 
+def parse_adapters(value: Any) -> Any:
+    """'fr=/a,de=/b' -> {'fr': '/a', 'de': '/b'}. Raises ValueError for text that is no such list."""
+    if isinstance(value, dict):
+        return {name: str(folder) if isinstance(folder, Path) else folder for name, folder in value.items()}
+    if not isinstance(value, str):
+        return value
+    found: dict[str, str] = {}
+    for part in value.split(",") if value.strip() else []:
+        name, equals, folder = (each.strip() for each in part.partition("="))
+        if not (name and equals and folder):
+            raise ValueError(f"{part!r} is not NAME=DIRECTORY; write NAME=DIRECTORY,NAME=DIRECTORY")
+        if name in found:
+            raise ValueError(f"{name!r} is given twice: {found[name]} and {folder}")
+        found[name] = folder
+    return found
+
+
+Adapters = Annotated[dict[str, str], NoDecode, BeforeValidator(parse_adapters)]
 Names = Annotated[list[str], NoDecode, BeforeValidator(parse_list)]
 Secrets = Annotated[list[SecretStr], NoDecode, BeforeValidator(parse_list)]
 
@@ -74,7 +92,13 @@ class Settings(BaseSettings):
 
     model: str = Field(description="directory of a Hugging Face causal LM (safetensors)")
     served_model_name: str | None = Field(None, description="name in the API; default: the directory's name")
+    adapters: Adapters = Field(
+        {}, description="LoRA adapters (peft) that requests name as their model (fr=/path,de=/path)"
+    )
     trust_remote_code: bool = Field(False, description="run Python code that the model directory brings")
+    check: bool = Field(
+        False, description="at start, compare each layer with transformers' own; refuse to serve a mismatch"
+    )
     tool_format: Literal["auto", "hermes", "mistral", "llama"] = Field(
         "auto", description="how the model writes calls of tools; auto: as its chat template does"
     )
@@ -205,6 +229,15 @@ class Settings(BaseSettings):
                 f"stage_layers names {len(self.stage_layers)} stages, "
                 f"but pipeline_parallel is {self.pipeline_parallel}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_adapters(self) -> Settings:
+        for name in self.adapters:
+            if not name or name != name.strip():
+                raise ValueError(f"adapters: {name!r} is no name: it is empty, or has blanks around it")
+            if name == self.name:
+                raise ValueError(f"adapters: {name!r} is the model's own name; give served_model_name")
         return self
 
     @model_validator(mode="after")

@@ -107,7 +107,9 @@ class Request(_Message, tag="request"):
 
     cache_key pins the prompt's full blocks on the device, once computed, for cache_ttl seconds: each use of
     the key renews it, and a newer prompt replaces an older one. pin "must" is refused where the bound on
-    pinned blocks is reached; for a "hint" the pin that would expire first gives way.
+    pinned blocks is reached; for a "hint" the pin that would expire first gives way. A key holds one prompt,
+    whatever its adapter.
+    adapter names one of the engine's LoRA adapters ("": none); cached prefixes are shared within it only.
     """
 
     id: str
@@ -118,6 +120,7 @@ class Request(_Message, tag="request"):
     cache_key: str = ""
     cache_ttl: float = 300.0
     pin: Literal["hint", "must"] = "hint"
+    adapter: str = ""
 
 
 class Abort(_Message, tag="abort"):
@@ -241,6 +244,7 @@ class EngineInfo(_Message, tag="info"):
     prefill_s_per_token: float = 0.0
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
+    adapters: tuple[str, ...] = ()
     windows: tuple[int, ...] = (0,)
 
 
@@ -259,12 +263,16 @@ NO_BLOCK = -1
 
 
 class NewSequence(_Message):
-    """A sequence takes a slot: prompt + output so far. Replaces what the slot held before."""
+    """A sequence takes a slot: prompt + output so far. Replaces what the slot held before.
+
+    adapter is the number of its LoRA adapter in the order of the settings, from 1; 0: none.
+    """
 
     slot: int
     token_ids: list[int]
     num_prompt_tokens: int
     params: SamplingParams
+    adapter: int = 0
 
 
 class Row(_Message):

@@ -35,11 +35,13 @@ from ds_serve.messages import EngineFailure, EngineInfo
 from ds_serve.parallel.place import Place
 
 with uncollected():  # torch, DeepSpeed and transformers
+    from ds_serve.model.certificate import Certificate
+    from ds_serve.model.errors import ModelLoadError
     from ds_serve.parallel.grid import Grid
     from ds_serve.worker.cluster import Lead, build_worker, follow
     from ds_serve.worker.local import LocalRank
 
-__all__ = ["build_local_engine", "follow", "main"]
+__all__ = ["build_checked_engine", "build_local_engine", "follow", "main"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +60,27 @@ def build_local_engine(settings: Settings) -> LocalEngine:
     return engine
 
 
-def _build(settings: Settings) -> tuple[Scheduler, LocalRank, EngineInfo]:
+def build_checked_engine(settings: Settings) -> tuple[LocalEngine, Certificate]:
+    """As build_local_engine with the setting check; a mismatch is told by the certificate, not raised."""
+    settings = settings.model_copy(update={"check": True})
+    check_world(settings, ranks())
+    scheduler, rank, info = _build(settings, refuse=False)
+    engine = LocalEngine(scheduler, rank, info)
+    _engines.add(engine)
+    return engine, rank.worker.certificate
+
+
+def _build(settings: Settings, refuse: bool = True) -> tuple[Scheduler, LocalRank, EngineInfo]:
+    """refuse: a model that settings.check finds to be another than the original is a ModelLoadError."""
     rank = _start_ranks(settings)
+    certificate = rank.worker.certificate
+    if certificate is not None:
+        logger.info("check:\n%s", certificate.table())
+        if refuse and not certificate.matches:
+            rank.close()
+            raise ModelLoadError(
+                f"{settings.name} is not what transformers computes: {certificate.first_failure}"
+            )
     info = rank.worker.info(settings)
     limits = Limits(
         max_num_seqs=settings.max_num_seqs,
@@ -74,6 +95,7 @@ def _build(settings: Settings) -> tuple[Scheduler, LocalRank, EngineInfo]:
         prefill_s_per_token=info.prefill_s_per_token,
         bytes_per_block=info.bytes_per_block,
         audit_share=settings.audit_share,
+        adapters=info.adapters,
     )
     return Scheduler(limits, _cache(settings, info)), rank, info
 

@@ -27,7 +27,7 @@ class Backend(Protocol):
         layer: int,
         q: torch.Tensor,
         k: torch.Tensor,
-        v: torch.Tensor,
+        v: torch.Tensor | None,
         batch: AttentionBatch,
         *,
         scale: float,
@@ -44,8 +44,8 @@ class Backend(Protocol):
         chunk c: only keys with j//c == i//c. softcap s: scores become s*tanh(score/s). sinks [H]: one
         extra logit a head in the softmax's denominator. key_bias float32 [H, longest context or more]: added
         to the scaled score of head h and the key at position j (ALiBi); ValueError together with softcap, or
-        where a row's context is longer. H is a multiple of Hk; q, k, v may have any
-        strides but the last, which is 1.
+        where a row's context is longer. H is a multiple of Hk; q, k, v may have any strides but the last,
+        which is 1. v is None where the layer's values are columns of its keys (LayerKV.v_in_k).
         """
 
 

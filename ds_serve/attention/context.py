@@ -17,6 +17,19 @@ import torch
 from ds_serve.attention.layout import KVLayout
 
 
+@dataclass(frozen=True)
+class AdapterRows:
+    """Which LoRA adapter each of a step's tokens takes, where any takes one.
+
+    of_token     int64[T]  number of the token's adapter, from 1; 0: none
+    first, last  the lowest and the highest number in it, 0 left out
+    """
+
+    of_token: torch.Tensor
+    first: int
+    last: int
+
+
 @dataclass
 class AttentionBatch:
     """The ragged batch of one step: T tokens of R rows, row after row. All tensors on the slab's device.
@@ -31,6 +44,7 @@ class AttentionBatch:
     max_query_len, num_tokens plain ints, so that nobody needs to ask the device
     sampled       int64[S] or None  the tokens whose logits are wanted (None: all); a last layer may leave
                   the others' hidden states unfinished, once their KV is written
+    adapters      LoRA adapters of the tokens; None: no token takes one
     num_calls     attention calls so far: how far the step has got, for who watches over it
     """
 
@@ -44,6 +58,7 @@ class AttentionBatch:
     max_query_len: int
     num_tokens: int
     sampled: torch.Tensor | None = None
+    adapters: AdapterRows | None = None
     num_calls: int = 0
     more_groups: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,9 +21,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ds_serve.attention.backends import Backend
 from ds_serve.attention.context import get_batch
+from ds_serve.attention.latent import LatentProjection
 from ds_serve.attention.layout import LayerKV
 
 NAME = "ds_paged"
+NAME_ADAPTED = NAME + "_adapted"  # of models that model/adapters.py has changed: another mask
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 # Keywords that models pass along and that change nothing of what attention computes here: the batch
@@ -87,6 +89,13 @@ def paged_mask(
     return None if local_size is None else MaskSpec(int(local_size))
 
 
+def adapted_mask(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """As paged_mask, for adapted models: their attention reads no mask, but some handle one as a tensor."""
+    if paged_mask(*args, **kwargs) is not None:
+        raise UnsupportedModelError("an adapted model asks for a local mask, which its attention ignores")
+    return torch.empty(0)
+
+
 def paged_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -109,10 +118,15 @@ def paged_attention(
     _refuse_unknown(module, attention_mask, is_causal, kwargs)
     if query.shape[0] != 1:
         raise ValueError(f"input_ids: must be one packed row, got a batch of {query.shape[0]}")
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    latent = LatentProjection.of(module)
+    if latent is not None:
+        query, key = latent.absorb(query, key)
     recorder = _recorder.get()
     if recorder is not None:
         local = [size for size in _locality(module, attention_mask, sliding_window) if size]
-        shape = LayerKV(key.shape[1], key.shape[3], value.shape[3], min(local, default=0))
+        shape = LayerKV(key.shape[1], key.shape[3], value.shape[3]) if latent is None else latent.shape
+        shape = replace(shape, reach=min(local, default=0))
         recorder.calls.append((module.layer_idx, shape))
     if recorder is not None or key.shape[1] == 0:
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
@@ -126,16 +140,16 @@ def paged_attention(
         module.layer_idx - batch.layout.first_layer,
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        None if latent is not None else value[0].transpose(0, 1),
         batch,
-        scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        scale=scale,
         window=window,
         chunk=chunk,
         softcap=softcap,
         sinks=s_aux,
         key_bias=key_bias,
     )
-    return out[None], None
+    return (out if latent is None else latent.expand(out))[None], None
 
 
 def _refuse_unknown(module: nn.Module, mask: Any, is_causal: bool | None, kwargs: dict[str, Any]) -> None:
@@ -182,27 +196,44 @@ def _is_chunked(module: nn.Module) -> bool:
     )
 
 
+def mark_adapted(model: PreTrainedModel) -> None:
+    """Tells install() that model's attention calls paged_attention itself."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.ds_paged_adapted = True
+
+
 def install(model: PreTrainedModel, backend: Backend) -> None:
     """Makes every attention layer of model call backend. UnsupportedModelError where that cannot work.
 
     Call it again to change the backend. Layers added later need another call.
     """
     _check_supported(model)
-    model.set_attn_implementation(NAME)
+    name = NAME_ADAPTED if _is_adapted(model) else NAME
+    if _is_adapted(model):
+        model.config._attn_implementation = name
+    else:
+        model.set_attn_implementation(name)
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module.config._attn_implementation != NAME:
+        if isinstance(module, PreTrainedModel) and module.config._attn_implementation != name:
             raise UnsupportedModelError(
                 f"{type(module).__name__} kept attention {module.config._attn_implementation!r} "
-                f"when asked for {NAME!r}"
+                f"when asked for {name!r}"
             )
         if hasattr(module, "layer_idx"):
             module.ds_paged_backend = backend
 
 
+def _is_adapted(module: nn.Module) -> bool:
+    return getattr(module, "ds_paged_adapted", False)
+
+
 def _check_supported(model: PreTrainedModel) -> None:
     who = type(model).__name__
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and not module._can_set_attn_implementation():
+        if not isinstance(module, PreTrainedModel) or _is_adapted(module):
+            continue
+        if not module._can_set_attn_implementation():
             raise UnsupportedModelError(
                 f"{who}: {type(module).__name__} does not call transformers' AttentionInterface, so its "
                 "attention cannot be replaced"
@@ -255,3 +286,4 @@ def _dry_forward(model: PreTrainedModel) -> None:
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, paged_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, paged_mask)
+ALL_MASK_ATTENTION_FUNCTIONS.register(NAME_ADAPTED, adapted_mask)

@@ -23,17 +23,21 @@ HUGE_PAGE = 2 << 20
 class LayerKV:
     """One layer's KV shape on this rank. num_kv_heads may be 0 (a tensor rank without a KV head).
 
+    v_in_k: the values are the first v_dim columns of the keys, and have no place of their own.
     reach: a query at position i sees keys j > i - reach at most (a window's or a chunk's size); 0: all.
     """
 
     num_kv_heads: int
     k_dim: int
     v_dim: int
+    v_in_k: bool = False
     reach: int = 0
 
     def __post_init__(self) -> None:
         if self.num_kv_heads < 0 or self.k_dim < 1 or self.v_dim < 1:
             raise ValueError(f"LayerKV: needs num_kv_heads >= 0 and k_dim, v_dim >= 1, got {self}")
+        if self.v_in_k and self.v_dim > self.k_dim:
+            raise ValueError(f"LayerKV: values of more columns than the keys they lie in: {self}")
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class KVLayout:
         align = max(1, ALIGN_BYTES // self.dtype.itemsize)
         offsets, ends = [], [0] * (1 + max(self.groups, default=0))
         for layer, group in zip(self.layers, self.groups, strict=True):
-            for dim in (layer.k_dim, layer.v_dim):
+            for dim in (layer.k_dim, 0 if layer.v_in_k else layer.v_dim):
                 elems = self.block_size * layer.num_kv_heads * dim
                 offsets.append(ends[group])
                 ends[group] += -(-elems // align) * align
@@ -78,7 +82,8 @@ class KVLayout:
         return self._offsets[2 * layer]
 
     def v_offset(self, layer: int) -> int:
-        return self._offsets[2 * layer + 1]
+        """First element of the layer's V region: its K region where the values are columns of the keys."""
+        return self._offsets[2 * layer + (0 if self.layers[layer].v_in_k else 1)]
 
     @property
     def block_elems(self) -> int:

@@ -50,7 +50,7 @@ class ReferenceBackend:
         layer: int,
         q: torch.Tensor,
         k: torch.Tensor,
-        v: torch.Tensor,
+        v: torch.Tensor | None,
         batch: AttentionBatch,
         *,
         scale: float,
@@ -61,15 +61,19 @@ class ReferenceBackend:
         key_bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         layout = batch.layout
+        v_dim = layout.layers[layer].v_dim
         if key_bias is not None:
             _check_bias(key_bias, batch, q.shape[1], softcap)
         keys = region(batch, layout.k_offset(layer), k.shape[1], k.shape[2])
-        values = region(batch, layout.v_offset(layer), v.shape[1], v.shape[2])
+        values = keys[..., :v_dim]
+        if v is not None:
+            values = region(batch, layout.v_offset(layer), k.shape[1], v_dim)
         slot_mapping, block_tables = batch.tables(layer)
         block, offset = slot_mapping // layout.block_size, slot_mapping % layout.block_size
         keys[block, offset] = k.to(keys.dtype)
-        values[block, offset] = v.to(values.dtype)
-        out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
+        if v is not None:
+            values[block, offset] = v.to(values.dtype)
+        out = q.new_zeros(q.shape[0], q.shape[1], v_dim)
         starts, lengths = batch.query_start.tolist(), batch.context_len.tolist()
         for row, length in enumerate(lengths):
             first, last = starts[row], starts[row + 1]

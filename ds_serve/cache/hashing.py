@@ -1,7 +1,8 @@
 """Block keys: 128-bit hashes chained over a sequence's full blocks.
 
-A key names the block's tokens and all tokens before them, under a root that holds the model, the dtype and
-the tenant's salt, so equal keys mean equal KV. Knows nothing of blocks or pools; called by the manager.
+A key names the block's tokens and all tokens before them, under a root that holds the model, the dtype, the
+tenant's salt and the LoRA adapter, so equal keys mean equal KV. Knows nothing of blocks or pools; called by
+the manager.
 """
 
 from __future__ import annotations

@@ -90,9 +90,9 @@ class CacheManager:
         """Stores under way. A source that nobody else uses is free again as soon as its store is done."""
         return len(self._stores)
 
-    def new_table(self, salt: str = "") -> BlockTable:
-        """An empty table; only tables of equal salt can share blocks."""
-        return BlockTable(root_key(self._identity, salt), self.windows.num_groups)
+    def new_table(self, salt: str = "", adapter: str = "") -> BlockTable:
+        """An empty table; only tables of equal salt and adapter can share blocks."""
+        return BlockTable(root_key(self._identity, salt, adapter), self.windows.num_groups)
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold num_tokens tokens."""

@@ -49,6 +49,7 @@ class Auditor:
                 prompt_token_ids=request.prompt_token_ids,
                 params=_PARAMS,
                 salt=request.salt,
+                adapter=request.adapter,
                 priority=LAST_PRIORITY,
             )
             for how in ("cached", "computed")

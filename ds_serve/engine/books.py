@@ -64,7 +64,8 @@ class Books:
 
     def enqueue(self, request: Request) -> Sequence:
         """A request becomes a sequence that waits."""
-        sequence = Sequence(request, self.cache.new_table(request.salt), self._arrivals, self.clock())
+        table = self.cache.new_table(request.salt, request.adapter)
+        sequence = Sequence(request, table, self._arrivals, self.clock())
         self._arrivals += 1
         self.sequences[request.id] = sequence
         self.waiting.add(sequence)

@@ -30,6 +30,7 @@ class Limits:
     max_overtaken                           how often a waiting request lets better cached ones go first
     max_scored_tokens                       prompt tokens in a step with log-probabilities asked for: each
                                             takes a row of logits, 150 MB for 256 of 150,000 token ids
+    adapters                                names of the LoRA adapters, in the order of the settings
     """
 
     max_num_seqs: int
@@ -46,6 +47,7 @@ class Limits:
     audit_share: float = 0.0
     max_overtaken: int = 4
     max_scored_tokens: int = 256
+    adapters: tuple[str, ...] = ()
 
     @property
     def num_batches(self) -> int:
@@ -57,6 +59,10 @@ class Limits:
         if self.num_batches == 1:
             return self.max_num_batched_tokens
         return max(MIN_CHUNK_TOKENS, -(-num_prompt_tokens // (CHUNKS_PER_STAGE * self.num_batches)))
+
+    def adapter_number(self, name: str) -> int:
+        """What workers know an adapter by: from 1, and 0 for none. ValueError for an unknown name."""
+        return self.adapters.index(name) + 1 if name else 0
 
     def loads_pay(self, block_size: int) -> bool:
         """Whether a block of block_size tokens is loaded from the host faster than it is computed."""
@@ -70,6 +76,9 @@ def refusal(request: Request, limits: Limits, cache: CacheManager) -> str | None
     prompt, params = request.prompt_token_ids, request.params
     if not prompt:
         return "the prompt has no token"
+    if request.adapter and request.adapter not in limits.adapters:
+        there = ", ".join(limits.adapters) or "none"
+        return f"adapter {request.adapter!r} is not loaded here; loaded: {there}"
     vocab = limits.vocab_size
     if vocab is not None:
         if min(prompt) < 0 or max(prompt) >= vocab:

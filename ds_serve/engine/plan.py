@@ -107,7 +107,7 @@ class Draft:
             new_blocks = self.new_blocks[sequence]
             if not sequence.is_announced:
                 sequence.is_announced = True
-                new.append(_new(sequence))
+                new.append(_new(sequence, self.limits))
                 new_blocks = list(sequence.table.block_ids)
             drawn = sequence.token_ids[max(start, sequence.num_admitted) : start + count]
             rows.append(
@@ -129,10 +129,11 @@ class Draft:
         return StepPlan(step=step, new=new, rows=rows, loads=loads, stores=self.stores), parts
 
 
-def _new(sequence: Sequence) -> NewSequence:
+def _new(sequence: Sequence, limits: Limits) -> NewSequence:
     return NewSequence(
         slot=sequence.slot,
         token_ids=list(sequence.token_ids),
         num_prompt_tokens=sequence.num_prompt_tokens,
         params=sequence.request.params,
+        adapter=limits.adapter_number(sequence.request.adapter),
     )

@@ -31,7 +31,7 @@ GENERATE = SAMPLING | frozenset(
 )
 OWN = frozenset(
     "seed stop stop_token_ids presence_penalty frequency_penalty logit_bias logprobs ignore_eos priority"
-    " cache_salt".split()
+    " cache_salt adapter".split()
 )
 FLOW = frozenset("stream streamer batch_size num_workers progress".split())
 KNOWN = ENCODE | RETURN | GENERATE | OWN | FLOW

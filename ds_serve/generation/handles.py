@@ -61,7 +61,15 @@ class Prefill:
 
     @classmethod
     def of(
-        cls, engine: Any, token_ids: list[int], *, ttl: float, pin: bool, salt: str, priority: int
+        cls,
+        engine: Any,
+        token_ids: list[int],
+        *,
+        ttl: float,
+        pin: bool,
+        salt: str,
+        priority: int,
+        adapter: str,
     ) -> Prefill:
         """Raises ValueError for a ttl that is no time, or a prompt that the model does not hold."""
         if isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not 0 < ttl < math.inf:
@@ -76,6 +84,7 @@ class Prefill:
             params=SamplingParams(max_tokens=1, temperature=0.0),  # no request without a token: it is dropped
             salt=salt,
             priority=priority,
+            adapter=adapter,
             cache_key=name if pin else "",
             cache_ttl=float(ttl),
             pin="must" if pin else "hint",

@@ -136,7 +136,14 @@ class TextGenerationPipeline:
                     yield delta if single else (index, delta)
 
     def prefill(
-        self, prompt: Any, *, ttl: float = 300.0, pin: bool = True, salt: str | None = None, **arguments: Any
+        self,
+        prompt: Any,
+        *,
+        ttl: float = 300.0,
+        pin: bool = True,
+        salt: str | None = None,
+        adapter: str | None = None,
+        **arguments: Any,
     ) -> PrefixHandle:
         """Computes a prompt's KV before the calls that begin with it, and keeps it on the device.
 
@@ -145,21 +152,28 @@ class TextGenerationPipeline:
         the last n % block_size are not; and of a string that goes on in the middle of a word the last tokens
         may differ. With pin=True they stay for ttl seconds or until the handle is released, unless a request
         fits only without them; with pin=False they are cached like any prompt. salt stands for the calls'
-        cache_salt: calls with another one do not find them. arguments are those of a call that change its
-        prompt (tools, prefix, ...).
+        cache_salt and adapter for theirs: calls with others do not find them. arguments are those of a call
+        that change its prompt (tools, prefix, ...).
         Raises ValueError or TypeError naming a bad argument, ValueError for a prompt that leaves the model's
         context no room, GenerationError, in the engine's words, where pins would exceed max_pinned_share.
         """
-        prefill = self._prefill(prompt, ttl, pin, salt, arguments)
+        prefill = self._prefill(prompt, ttl, pin, salt, adapter, arguments)
         arrived: queue.SimpleQueue[Output] = queue.SimpleQueue()
         with prefill.running(arrived.put):
             return prefill.handle(arrived.get())
 
     async def aprefill(
-        self, prompt: Any, *, ttl: float = 300.0, pin: bool = True, salt: str | None = None, **arguments: Any
+        self,
+        prompt: Any,
+        *,
+        ttl: float = 300.0,
+        pin: bool = True,
+        salt: str | None = None,
+        adapter: str | None = None,
+        **arguments: Any,
     ) -> PrefixHandle:
         """As prefill, without blocking the event loop. Cancelled, it leaves nothing pinned."""
-        prefill = self._prefill(prompt, ttl, pin, salt, arguments)
+        prefill = self._prefill(prompt, ttl, pin, salt, adapter, arguments)
         arrived: asyncio.Queue[Output] = asyncio.Queue()
         with prefill.running(_onto_loop(arrived.put_nowait)):
             return prefill.handle(await arrived.get())
@@ -207,6 +221,7 @@ class TextGenerationPipeline:
         beyond = [token for token in generate.own.get("logit_bias") or {} if not 0 <= int(token) < vocabulary]
         if beyond:
             raise ValueError(f"logit_bias: token ids {beyond} are outside the vocabulary of {vocabulary}")
+        self._check_adapter(generate.own.get("adapter") or "")
         return call
 
     def _encoding(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,12 +230,18 @@ class TextGenerationPipeline:
         return encode
 
     def _prefill(
-        self, prompt: Any, ttl: float, pin: bool, salt: str | None, arguments: Mapping[str, Any]
+        self,
+        prompt: Any,
+        ttl: float,
+        pin: bool,
+        salt: str | None,
+        adapter: str | None,
+        arguments: Mapping[str, Any],
     ) -> Prefill:
         unknown = sorted(arguments.keys() - ENCODE)
         if unknown:
             raise TypeError(
-                f"prefill: {unknown[0]} is no argument; ttl, pin, salt and what changes a prompt are"
+                f"prefill: {unknown[0]} is no argument; ttl, pin, salt, adapter and what changes a prompt are"
             )
         inputs, single = self._texts.inputs(prompt)
         if not single:
@@ -232,8 +253,23 @@ class TextGenerationPipeline:
         )
         if salt is None:
             salt = generate.own.get("cache_salt") or ""
-        priority = generate.own.get("priority") or 0
-        return Prefill.of(self.engine, encoded.token_ids, ttl=ttl, pin=pin, salt=salt, priority=priority)
+        if adapter is None:
+            adapter = generate.own.get("adapter") or ""
+        self._check_adapter(adapter)
+        return Prefill.of(
+            self.engine,
+            encoded.token_ids,
+            ttl=ttl,
+            pin=pin,
+            salt=salt,
+            priority=generate.own.get("priority") or 0,
+            adapter=adapter,
+        )
+
+    def _check_adapter(self, name: str) -> None:
+        known = self.engine.info.adapters
+        if name and name not in known:
+            raise ValueError(f"adapter: {name!r} is not loaded; loaded: {', '.join(known) or 'none'}")
 
     def _records(self, inputs: Iterable[Input], call: Call) -> Iterator[list[dict[str, Any]]]:
         """Each input's records, in the order of the inputs."""

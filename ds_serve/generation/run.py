@@ -144,6 +144,7 @@ class Run:
                 params=one,
                 salt=generate.own.get("cache_salt") or "",
                 priority=generate.own.get("priority") or 0,
+                adapter=generate.own.get("adapter") or "",
             )
             group.append(sequence)
             self.open[sequence] = request.id

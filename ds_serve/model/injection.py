@@ -11,6 +11,7 @@ module at a time, so that memory grows by one module at most. The ops themselves
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from ds_serve.attention.builder import load_ops
 from ds_serve.attention.context import AttentionBatch, use_batch
 from ds_serve.attention.interface import NAME, paged_attention
 from ds_serve.attention.layout import KVLayout, LayerKV
+from ds_serve.model.certificate import FUSED
 from ds_serve.model.fused_cpu import FusedDecoderLayer, FusedRMSNorm, LayerList, PackedEmbedding, PackedLinear
 from ds_serve.model.sharding import ShardedHead
 from ds_serve.model.stage import Elsewhere
@@ -58,16 +60,24 @@ class InjectionReport:
     """What inject() did. Modules are decoder layers, the final norm, and the head with its tied embedding.
 
     reasons counts the kept modules by reason; max_error is the largest relative error of those injected.
+    choices says of each module by name ("layer 3", "norm", "head") that it is FUSED, or why it is kept.
     """
 
     injected: int = 0
     kept: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
     max_error: float = 0.0
+    choices: dict[str, str] = field(default_factory=dict)
 
-    def keep(self, reason: str, modules: int = 1) -> None:
-        self.kept += modules
-        self.reasons[reason] = self.reasons.get(reason, 0) + modules
+    def fuse(self, name: str, error: float) -> None:
+        self.injected += 1
+        self.max_error = max(self.max_error, error)
+        self.choices[name] = FUSED
+
+    def keep(self, reason: str, *names: str) -> None:
+        self.kept += len(names)
+        self.reasons[reason] = self.reasons.get(reason, 0) + len(names)
+        self.choices |= dict.fromkeys(names, reason)
 
 
 @torch.no_grad()
@@ -93,14 +103,14 @@ def inject(
         reason = f"{type(model).__name__} is of no known family"
     reason = _agreed(reason, reduce)
     if reason is not None:
-        report.keep(reason, len(sites) or sum(1 for _ in _decoder_layers(model)))
+        names = [name for name, _ in sites] or [f"layer {index}" for _, index in _decoder_layers(model)]
+        report.keep(reason, *names)
         return report
-    for swap in sites:
+    for name, swap in sites:
         try:
-            report.max_error = max(report.max_error, swap())
-            report.injected += 1
+            report.fuse(name, swap())
         except _Mismatch as mismatch:
-            report.keep(str(mismatch))
+            report.keep(str(mismatch), name)
     if any(isinstance(layer, FusedDecoderLayer) for layer in model.base_model.layers):
         _shorten_loop(model)
     return report
@@ -150,17 +160,19 @@ def _decoder_layers(model: nn.Module) -> Iterator[tuple[nn.ModuleList, int]]:
                 yield layers, index
 
 
-def _sites(model: nn.Module, backend: Backend, reduce: Reduce | None) -> Iterator[Callable[[], float]]:
-    """One call for each module of a known model that may be replaced: its error, or raises _Mismatch."""
+def _sites(
+    model: nn.Module, backend: Backend, reduce: Reduce | None
+) -> Iterator[tuple[str, Callable[[], float]]]:
+    """A name and a call for each module of a known model that may be replaced: its error, or _Mismatch."""
     family = _family(model)
     if family is None:
         return
     for layers, index in _decoder_layers(model):
-        yield lambda layers=layers, index=index: _swap_layer(model, family, layers, index, backend, reduce)
+        yield f"layer {index}", functools.partial(_swap_layer, model, family, layers, index, backend, reduce)
     if not isinstance(getattr(model.base_model, "norm", None), Elsewhere | None):
-        yield lambda: _swap_norm(model, family)
+        yield "norm", lambda: _swap_norm(model, family)
     if not isinstance(model.get_output_embeddings(), Elsewhere | None):
-        yield lambda: _swap_head(model)
+        yield "head", lambda: _swap_head(model)
 
 
 # ---- one kind of module each ----

@@ -21,11 +21,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from ds_serve.attention.backends import Backend, select_backend
 from ds_serve.attention.interface import UnsupportedModelError, install, probe_layers
+from ds_serve.attention.latent import drop_latents, use_latents
 from ds_serve.attention.layout import KVLayout
 from ds_serve.config import Settings
+from ds_serve.model.adapter_files import read_adapters
+from ds_serve.model.adapters import adapt, plain_attention
 from ds_serve.model.errors import ModelLoadError
 from ds_serve.model.injection import InjectionReport, inject
-from ds_serve.model.parity import plain_output, verify_paged
+from ds_serve.model.lora import attach
+from ds_serve.model.parity import plain_output, try_adapters, verify_paged
+from ds_serve.model.quantised import explained, name_skipped, prepare, settle
 from ds_serve.model.rope import settle_rope
 from ds_serve.model.sharding import shard
 from ds_serve.model.stage import Parts, Stage, cut_points, drop_tied_embedding, stage_class
@@ -60,15 +65,21 @@ def load(settings: Settings, grid: Grid | None = None) -> LoadedModel:
     wanted = (settings.tensor_parallel, settings.pipeline_parallel)
     if (grid.place.tp, grid.place.pp) != wanted:
         raise ValueError(f"settings ask for tp x pp of {wanted}, the grid is {grid.place.tp, grid.place.pp}")
-    config = _read_config(settings)
+    config = read_config(settings)
     device = _device(settings)
+    adapters = read_adapters(settings.adapters, lambda: skeleton(settings, config))
     stage = _read_stage(settings, config, grid)
+    if adapters:
+        attach(stage.module, adapters, grid, device)
     backend = select_backend(device, stage.dtype, settings.block_size, settings.attention)
-    plain = plain_output(stage, device)
+    with explained(settings, config):
+        plain = plain_output(stage, device)
+    adapt(stage.module, grid.place, lambda: longest(config, settings))
     install(stage.module, backend)
-    layout = _kv_layout(stage, settings.block_size, device)
-    verify_paged(stage, plain, layout, backend)
-    max_model_len = _max_model_len(config.get_text_config(decoder=True), settings.max_model_len)
+    layout = _proven_layout(stage, plain, settings.block_size, backend, grid)
+    if adapters:
+        try_adapters(stage, len(adapters), layout, device)
+    max_model_len = longest(config, settings)
     settle_rope(stage.module, max_model_len)
     reduce = grid.all_reduce if grid.place.tp > 1 else None
     report = inject(stage.module, backend, settings.injection, reduce)
@@ -91,7 +102,8 @@ def load(settings: Settings, grid: Grid | None = None) -> LoadedModel:
     )
 
 
-def _read_config(settings: Settings) -> PreTrainedConfig:
+def read_config(settings: Settings) -> PreTrainedConfig:
+    """The directory's configuration. ModelLoadError or UnsupportedModelError where it is none to serve."""
     folder = Path(settings.model)
     if not (folder / "config.json").is_file():
         raise ModelLoadError(f"{settings.model}: no directory with a config.json (models are not downloaded)")
@@ -105,6 +117,7 @@ def _read_config(settings: Settings) -> PreTrainedConfig:
         raise ModelLoadError(f"{settings.model}: {error}") from error
     if config.is_encoder_decoder:
         raise UnsupportedModelError(f"{settings.model}: {config.model_type} is an encoder-decoder")
+    prepare(settings, config)
     return config
 
 
@@ -113,16 +126,17 @@ def _read_stage(settings: Settings, config: PreTrainedConfig, grid: Grid) -> Sta
     if place.pp == 1:
         num_layers = config.get_text_config(decoder=True).num_hidden_layers
         (layers,) = cut_points([1] * num_layers, 1, settings.stage_layers)
-        module = _read_weights(settings, config, AutoModelForCausalLM)
+        module = read_weights(settings, config, AutoModelForCausalLM)
     else:
-        whole = _skeleton(settings, config)
+        whole = skeleton(settings, config)
         layers = cut_points(Parts(whole).weights(whole), place.pp, settings.stage_layers)[place.stage]
-        module = _read_weights(settings, whole.config, stage_class(type(whole), place, layers))
+        name_skipped(whole.config, whole)
+        module = read_weights(settings, whole.config, stage_class(type(whole), place, layers))
         drop_tied_embedding(module, place)
     return Stage(shard(module, grid), place, layers)
 
 
-def _skeleton(settings: Settings, config: PreTrainedConfig) -> PreTrainedModel:
+def skeleton(settings: Settings, config: PreTrainedConfig) -> PreTrainedModel:
     """The whole model without memory: its class and its parameters' sizes."""
     try:
         with _quiet_transformers(), torch.device("meta"):
@@ -133,10 +147,10 @@ def _skeleton(settings: Settings, config: PreTrainedConfig) -> PreTrainedModel:
         raise ModelLoadError(f"{settings.model}: {error}") from error
 
 
-def _read_weights(settings: Settings, config: PreTrainedConfig, model_class: type) -> PreTrainedModel:
+def read_weights(settings: Settings, config: PreTrainedConfig, model_class: type) -> PreTrainedModel:
     """transformers builds model_class on meta and fills each of its parameters by one read of its tensor."""
     dtype = "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    with _quiet_transformers():
+    with _quiet_transformers(), explained(settings, config):
         try:
             module, loading = model_class.from_pretrained(
                 settings.model,
@@ -145,7 +159,7 @@ def _read_weights(settings: Settings, config: PreTrainedConfig, model_class: typ
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=settings.trust_remote_code,
-                attn_implementation="eager",
+                attn_implementation=plain_attention(config),
                 output_loading_info=True,
             )
         except (ValueError, OSError, KeyError) as error:
@@ -153,7 +167,38 @@ def _read_weights(settings: Settings, config: PreTrainedConfig, model_class: typ
     missing = sorted(loading["missing_keys"])
     if missing:
         raise ModelLoadError(f"{settings.model}: the checkpoint lacks {len(missing)} tensors: {missing[:5]}")
+    settle(module)
     return module.eval().requires_grad_(False)
+
+
+def _proven_layout(
+    stage: Stage, plain: torch.Tensor, block_size: int, backend: Backend, grid: Grid
+) -> KVLayout:
+    """The KV layout with which paged attention gives the plain output: latents where the model has them.
+
+    Where latents do not, on any shard, all shards of the stage cache keys and values instead.
+    """
+    problem, device = None, plain.device
+    num_latent = use_latents(stage.module) if backend.name == "reference" else 0
+    try:
+        layout = _kv_layout(stage, block_size, device)
+        verify_paged(stage, plain, layout, backend)
+    except Exception as error:
+        problem = error
+    signs = torch.tensor([num_latent, problem is not None], dtype=torch.float32, device=device)
+    any_latent, failed = (grid.all_reduce(signs) if grid.place.tp > 1 else signs).tolist()
+    if not failed:
+        return layout
+    if not any_latent:
+        raise problem or UnsupportedModelError("another tensor shard cannot serve the model")
+    logger.warning(
+        "%s: keys and values are cached instead of latents, which take less memory: %s",
+        type(stage.module).__name__, problem or "another tensor shard cannot use latents",
+    )  # fmt: skip
+    drop_latents(stage.module)
+    layout = _kv_layout(stage, block_size, device)
+    verify_paged(stage, plain, layout, backend)
+    return layout
 
 
 def _kv_layout(stage: Stage, block_size: int, device: torch.device) -> KVLayout:
@@ -177,7 +222,9 @@ def _device(settings: Settings) -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
-def _max_model_len(config: PreTrainedConfig, wanted: int | None) -> int:
+def longest(config: PreTrainedConfig, settings: Settings) -> int:
+    """max_model_len: what settings want, or as many positions as the model has. ModelLoadError for more."""
+    config, wanted = config.get_text_config(decoder=True), settings.max_model_len
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     if limit is None and wanted is None:
         raise ModelLoadError("the model states no longest length: give max_model_len")

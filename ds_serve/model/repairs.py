@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from ds_serve.attention.interface import UnsupportedModelError
@@ -28,6 +29,7 @@ _LATENT_NORMS = re.compile(rf"{ATTENTION}(q_a_layernorm|kv_a_layernorm)")  # Dee
 _WHOLE = re.compile(r".*\b(router|altup|laurel)\b.*|per_layer_\w+.*|(.*\.)?gate\..*")
 _EXPERTS = {"gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"}
 _EXPERTS_DBRX = {"w1", "v1", "w2"}
+_KV_FIELDS = ("num_key_value_heads", "num_kv_heads")  # in a configuration, and in an attention
 
 
 def share(total: int, place: Place) -> slice:
@@ -41,8 +43,8 @@ def share(total: int, place: Place) -> slice:
 class Heads:
     """An attention's heads over all shards, kv_copies counted, and this shard's part of them.
 
-    interleaved: one fused weight that goes head by head, each with its q, k and v (GPT-BigCode without
-    multi-query), in place of all of q, then k, then v.
+    interleaved: one fused weight that goes by key-value heads, each with its queries, k and v (GPT-BigCode
+    without multi-query, Falcon), in place of all of q, then k, then v.
     """
 
     query: int
@@ -59,8 +61,7 @@ class Heads:
 
         Fewer key-value heads than shards are copied until each shard has one: Gemma, GPT-BigCode (1 head).
         """
-        query, multi = config.num_attention_heads, getattr(config, "multi_query", False)
-        kv = 1 if multi else getattr(config, "num_key_value_heads", None) or query
+        query, kv = config.num_attention_heads, _kv_heads(config)
         copies = place.tp // kv if kv < place.tp else 1
         if query % kv or (kv < place.tp and (place.tp % kv or query % place.tp)):
             good = [n for n in range(2, query + 1) if n <= kv or (n % kv == 0 and query % n == 0)]
@@ -68,7 +69,7 @@ class Heads:
                 f"{query} attention heads with {kv} key-value heads cannot be cut into {place.tp} tensor "
                 f"shards; tensor_parallel can be {', '.join(map(str, [1, *good]))}"
             )
-        interleaved = config.model_type == "gpt_bigcode" and not multi
+        interleaved = config.model_type == "falcon" or (config.model_type == "gpt_bigcode" and kv > 1)
         return cls(query, kv * copies, copies, config.hidden_size, config, place, interleaved)
 
     @property
@@ -83,14 +84,25 @@ class Heads:
     @contextlib.contextmanager
     def in_config(self) -> Iterator[None]:
         """While AutoTP reads the number of key-value heads from the configuration, copies are counted."""
-        if self.kv_copies == 1 or not hasattr(self.config, "num_key_value_heads"):
+        name = next((name for name in _KV_FIELDS if hasattr(self.config, name)), None)
+        saved = getattr(self.config, name or "", None)
+        if saved is None or saved == self.kv:
             yield
             return
-        saved, self.config.num_key_value_heads = self.config.num_key_value_heads, self.kv
+        setattr(self.config, name, self.kv)
         try:
             yield
         finally:
-            self.config.num_key_value_heads = saved
+            setattr(self.config, name, saved)
+
+
+def _kv_heads(config: PreTrainedConfig) -> int:
+    """Falcon's new layout alone goes by num_kv_heads; its older ones have one, or one for each query head."""
+    grouped = config.model_type == "falcon" and config.new_decoder_architecture
+    if getattr(config, "multi_query", False) and not grouped:
+        return 1
+    name = "num_kv_heads" if grouped else "num_key_value_heads"
+    return getattr(config, name, None) or config.num_attention_heads
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -132,6 +144,13 @@ def prepare(layer: nn.Module, heads: Heads) -> None:
                 f"{name}: a norm follows each expert, whose outputs are sums over tensor shards; "
                 "use tensor_parallel=1"
             )
+        if getattr(module, "slow_but_exact", False) and module.pretraining_tp > 1:
+            raise UnsupportedModelError(
+                f"{name}: slow_but_exact with pretraining_tp {module.pretraining_tp} (BLOOM) multiplies by "
+                "parts of a weight that is on several tensor shards; use tensor_parallel=1"
+            )
+        if isinstance(module, FalconLinear):
+            module.__class__ = nn.Linear  # the same product, in a forward of its own
         if isinstance(module, Conv1D):
             _as_linear(layer, name, module)
             layer.__class__ = _same_class(type(layer))
@@ -166,17 +185,24 @@ def _copy_kv_heads(attention: nn.Module, heads: Heads) -> None:
     def copies(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().unflatten(0, (kv, -1)).repeat_interleave(heads.kv_copies, 0).flatten(0, 1)
 
+    def grouped(tensor: torch.Tensor) -> torch.Tensor:
+        groups = tensor.detach().unflatten(0, (kv, heads.query // kv + 2, -1))
+        queries = groups[:, :-2].unflatten(1, (heads.kv_copies, -1))
+        ends = groups[:, None, -2:].expand(-1, heads.kv_copies, *groups[:, -2:].shape[1:])
+        return torch.cat([queries, ends], 2).flatten(0, 3)
+
     def fused(tensor: torch.Tensor) -> torch.Tensor:
         size = len(tensor) // (heads.query + 2 * kv)
         q, k, v = tensor.detach().split([heads.query * size, kv * size, kv * size])
         return torch.cat([q, copies(k), copies(v)])
 
-    for name in ("k_proj", "v_proj", "qkv_proj", "Wqkv", "c_attn"):
+    for name in ("k_proj", "v_proj", "qkv_proj", "Wqkv", "c_attn", "query_key_value"):
         linear = getattr(attention, name, None)
         if linear is not None:
-            _each_parameter(linear, copies if name in ("k_proj", "v_proj") else fused)
+            in_one = grouped if heads.interleaved else fused
+            _each_parameter(linear, copies if name in ("k_proj", "v_proj") else in_one)
             linear.out_features = len(linear.weight)
-    for name in ("num_key_value_heads", "num_kv_heads"):
+    for name in _KV_FIELDS:
         if hasattr(attention, name):
             setattr(attention, name, heads.kv)
     attention.num_key_value_groups = heads.query // heads.kv

@@ -88,9 +88,26 @@ def _let_go(layer: nn.Module) -> None:
 
 
 def _init_inference(module: PreTrainedModel, **how) -> nn.Module:
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
+    with contextlib.redirect_stdout(io.StringIO()), _uncast(module):  # it prints what it does
         engine = deepspeed.init_inference(module, dtype=module.dtype, replace_with_kernel_inject=False, **how)
     return engine.module
+
+
+@contextlib.contextmanager
+def _uncast(module: nn.Module) -> Iterator[None]:
+    """Inside it half(), float() and bfloat16() change nothing: init_inference calls one of them.
+
+    from_pretrained gave each tensor its dtype. In bfloat16 rotary frequencies are wrong by 2^-9, at position
+    2048 by whole turns, and a quantised weight would lose its scale.
+    """
+    names = ("half", "float", "bfloat16")
+    for name in names:
+        setattr(module, name, lambda: module)
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(module, name)
 
 
 # -- roles -------------------------------------------------------------------------------------
@@ -141,7 +158,7 @@ def _check_heads(what: str, module: nn.Module, role: str, heads: Heads) -> None:
     """Whether an attention's linear is made of whole heads, as many as the configuration says."""
     width = module.weight.shape[1 if role == "ROW" else 0]
     count = heads.query + 2 * heads.kv if role == "QKV" else heads.query
-    if what.endswith(_KV_PROJECTIONS):
+    if what.endswith(_KV_PROJECTIONS) or (role == "COLUMN" and heads.interleaved):
         count = heads.kv
     if width % count:
         raise UnsupportedModelError(

@@ -51,6 +51,13 @@ class OtherEmbedding(Elsewhere):
         return self.weight.new_full((), torch.nan).expand(*ids.shape, self.weight.shape[1])
 
 
+class OtherNorm(Elsewhere):
+    """Stands for a norm of the first stage's embeddings (BLOOM): hands on what stands for these."""
+
+    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
+        return embeddings
+
+
 class OtherLayer(Elsewhere):
     """Stands for a decoder layer of another stage: hands hidden states on, or leaves the model with them.
 
@@ -92,6 +99,7 @@ class Parts:
         beside = list(model.get_submodule(self.stack.rpartition(".")[0]).children())
         following = beside[beside.index(model.get_submodule(self.stack)) + 1 :]
         embeddings = [model.get_input_embeddings(), *(m for m in beside if isinstance(m, nn.Embedding))]
+        embeddings += [m for m in beside if isinstance(m, nn.LayerNorm) and "embed" in names[id(m)]]
         rest = [m for m in (*following, model.get_output_embeddings()) if m is not None and _size(m)]
         self.before = sorted({names[id(module)] for module in embeddings})
         self.after = sorted({names[id(module)] for module in rest} - {*self.before})
@@ -164,7 +172,9 @@ def _cut(model: PreTrainedModel, place: Place, layers: range) -> None:
         tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
         for name in parts.before:
             if not (place.is_last_stage and f"{name}.weight" in tied):  # the head's weight is read through it
-                model.set_submodule(name, OtherEmbedding(name, model.get_submodule(name)))
+                module = model.get_submodule(name)
+                is_norm = isinstance(module, nn.LayerNorm)
+                model.set_submodule(name, OtherNorm(name) if is_norm else OtherEmbedding(name, module))
     if not place.is_last_stage:
         stack[layers.stop].leaves = True
         for name in parts.after:

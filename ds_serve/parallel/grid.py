@@ -137,23 +137,23 @@ class Grid:
 
     def minimum(self, values: list[int]) -> list[int]:
         """Of each value, the least over all ranks."""
-        return [min(each) for each in zip(*self._gather(values), strict=True)]
+        return [min(each) for each in zip(*self.gather(values), strict=True)]
 
     def maximum(self, values: list[float]) -> list[float]:
         """Of each value, the greatest over all ranks."""
-        return [max(each) for each in zip(*self._gather(values), strict=True)]
+        return [max(each) for each in zip(*self.gather(values), strict=True)]
 
     def total(self, values: list[int]) -> list[int]:
         """Of each value, the sum over all ranks."""
-        return [sum(each) for each in zip(*self._gather(values), strict=True)]
+        return [sum(each) for each in zip(*self.gather(values), strict=True)]
 
     @cached_property
     def ranks_here(self) -> int:
         """How many of the ranks run on this machine; the first time a collective."""
-        return self._gather(socket.gethostname()).count(socket.gethostname())
+        return self.gather(socket.gethostname()).count(socket.gethostname())
 
-    def _gather(self, mine) -> list:
-        """What each rank gave, by rank."""
+    def gather(self, mine) -> list:
+        """What each rank gave, by rank: plain values. A collective."""
         found: list = [mine] * self.place.world_size
         if self.place.world_size > 1:
             torch.distributed.all_gather_object(found, mine)

@@ -80,26 +80,27 @@ def create_app(front: Front, settings: Settings | None = None, keys: KeyRing | N
 
 
 def _add_openai_routes(app: FastAPI, front: Front) -> None:
-    def card() -> dict:
+    def card(name: str) -> dict:
         info = front.client.info
         return {
-            "id": front.model_name,
+            "id": name,
             "object": "model",
             "created": front.created,
             "owned_by": "ds_serve",
             "max_model_len": info.max_model_len,
+            "parent": front.model_name if front.adapter_of(name) else None,
         }
 
     @app.get("/v1/models", response_model=ModelList)
     async def list_models() -> Response:
-        """The model that is served, the only one."""
-        return json_reply({"object": "list", "data": [card()]})
+        """The model that is served, and its LoRA adapters."""
+        return json_reply({"object": "list", "data": [card(name) for name in front.model_names]})
 
     @app.get("/v1/models/{name:rest}", response_model=ModelCard)
     async def retrieve_model(name: str) -> Response:
-        """The model of this name, if it is served."""
-        front.check_model(name)
-        return json_reply(card())
+        """The model or adapter of this name, if it is served."""
+        front.adapter_of(name)
+        return json_reply(card(name))
 
     @app.post("/v1/completions", responses=COMPLETION)
     async def create_completion(body: CompletionBody, http: Request) -> Response:

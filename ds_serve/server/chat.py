@@ -25,11 +25,11 @@ from ds_serve.text.tools import CallPiece, Calls, arguments_rule
 async def chat_completions(front: Front, body: ChatBody, http: Request) -> Response:
     """Raises ApiError, EngineDeadError (a 503) and ClientGone."""
     client = front.client
-    front.check_model(body.model)
+    adapter = front.adapter_of(body.model)
     calls = calls_of(front, body) if body.may_call else None
     shape = ChatShape(front, body) if calls is None else CallingShape(front, body, calls, http.state.call)
     prompts = [await front.chat_prompt(body, client, calls)]
-    return await reply(http, body, client, shape, prompts)
+    return await reply(http, body, client, shape, prompts, adapter)
 
 
 def calls_of(front: Front, body: ChatBody) -> Calls:

@@ -20,9 +20,9 @@ from ds_serve.server.shapes import Envelope, finite, token_text
 async def completions(front: Front, body: CompletionBody, http: Request) -> Response:
     """Raises ApiError, EngineDeadError (a 503) and ClientGone."""
     client = front.client
-    front.check_model(body.model)
+    adapter = front.adapter_of(body.model)
     prompts = await front.completion_prompts(body, client)
-    return await reply(http, body, client, CompletionShape(front, body, prompts), prompts)
+    return await reply(http, body, client, CompletionShape(front, body, prompts), prompts, adapter)
 
 
 class CompletionShape(Envelope):

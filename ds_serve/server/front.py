@@ -45,13 +45,17 @@ class Backend(Protocol):
 
 @dataclass
 class Front:
-    """codec is None until the tokenizer is loaded; created is the model's time stamp in the API."""
+    """codec is None until the tokenizer is loaded; created is the model's time stamp in the API.
+
+    adapters are names of LoRA adapters, each served as a model beside the model itself.
+    """
 
     model_name: str
     defaults: GenerationDefaults
     backend: Backend
     created: int
     codec: TextCodec | None = None
+    adapters: tuple[str, ...] = ()
     door: Door = field(default_factory=Door)
     metrics: Metrics = field(default_factory=Metrics)
     tracing: Tracing | None = None
@@ -70,15 +74,22 @@ class Front:
             raise EngineDeadError("the tokenizer is loading")
         return client
 
-    def check_model(self, name: str) -> None:
-        """Raises ApiError 404 for any name but the model's."""
-        if name != self.model_name:
+    @property
+    def model_names(self) -> list[str]:
+        """Every name that a request may give as its model: the model's own, then the adapters'."""
+        return [self.model_name, *self.adapters]
+
+    def adapter_of(self, name: str) -> str:
+        """The adapter that a request's model stands for, "" for the model itself. Raises ApiError 404."""
+        if name not in self.model_names:
+            served = f"{', '.join(map(repr, self.model_names))} {'are' if self.adapters else 'is'}"
             raise ApiError(
                 404,
-                f"model: {name!r} is not served here; {self.model_name!r} is",
+                f"model: {name!r} is not served here; {served}",
                 param="model",
                 code="model_not_found",
             )
+        return name if name in self.adapters else ""
 
     def call_format(self) -> CallFormat:
         """How the model writes calls. Raises ApiError where it knows no tools, or in a form unknown here."""

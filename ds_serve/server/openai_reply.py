@@ -112,11 +112,14 @@ class ChatReply(_Reply):
 
 
 class ModelCard(_Reply):
+    """parent, our own field, is the model that a LoRA adapter changes; null for the model itself."""
+
     id: str
     object: Literal["model"]
     created: int
     owned_by: Literal["ds_serve"]
     max_model_len: int
+    parent: str | None
 
 
 class ModelList(_Reply):

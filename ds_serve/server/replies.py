@@ -71,9 +71,14 @@ def json_reply(payload: Any, status: int = 200) -> Response:
 
 
 async def reply(
-    http: Request, body: ChoicesBody, client: EngineClient, shape: Shape, prompts: list[Prompt]
+    http: Request,
+    body: ChoicesBody,
+    client: EngineClient,
+    shape: Shape,
+    prompts: list[Prompt],
+    adapter: str,
 ) -> Response:
-    """Generates what the body asks of these prompts, and answers as it asks.
+    """Generates what the body asks of these prompts through an adapter ("": none), and answers as it asks.
 
     The first piece is awaited before a stream is opened, so that what the engine refuses still has
     its HTTP status. Raises ApiError, EngineDeadError, ClientGone.
@@ -86,6 +91,7 @@ async def reply(
         watch=http.state.call.watch(),
         n=body.n,
         stop=body.stop,
+        adapter=adapter,
         salt=body.cache_salt,
         priority=body.priority,
         cache_key=body.prompt_cache_key,

@@ -27,13 +27,13 @@ from ds_serve.text.tools import CallPiece, Calls
 async def responses(front: Front, body: ResponsesBody, http: Request) -> Response:
     """Raises ApiError, EngineDeadError (a 503) and ClientGone."""
     client = front.client
-    front.check_model(body.model)
+    adapter = front.adapter_of(body.model)
     chat = body.as_chat()
     with in_our_words():
         calls = calls_of(front, chat) if chat.may_call else None
         prompt = await front.chat_prompt(chat, client, calls)
     shape = ResponseShape(front, body, prompt, calls, http.state.call)
-    return await reply(http, chat, client, shape, [prompt])
+    return await reply(http, chat, client, shape, [prompt], adapter)
 
 
 class ResponseShape:
@@ -44,7 +44,6 @@ class ResponseShape:
     ) -> None:
         self.id = f"resp_{uuid.uuid4().hex}"
         self.codec = front.codec
-        self._model_name = front.model_name
         self._body = body
         self._params = prompt.params
         self._parser = None if calls is None else calls.parser()
@@ -155,7 +154,7 @@ class ResponseShape:
             "status": status,
             "error": None,
             "incomplete_details": None,
-            "model": self._model_name,
+            "model": body.model,
             "output": [],
             "usage": None,
             **given,

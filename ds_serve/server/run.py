@@ -87,6 +87,7 @@ async def _serve(
         defaults,
         supervisor,
         created=int(time.time()),
+        adapters=tuple(settings.adapters),
         tool_format=settings.tool_format,
         tracing=tracing,
     )

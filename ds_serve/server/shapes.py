@@ -29,7 +29,7 @@ class Envelope:
         self.id = f"{prefix}-{uuid.uuid4().hex}"
         self.codec = front.codec
         self._kinds = {False: kind, True: chunk_kind}
-        self._rest = {"created": int(time.time()), "model": front.model_name}
+        self._rest = {"created": int(time.time()), "model": body.model}
         self._with_usage = body.stream_options is not None and body.stream_options.include_usage
 
     def envelope(self, choices: list[dict], *, chunk: bool) -> dict:

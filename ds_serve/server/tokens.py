@@ -105,5 +105,5 @@ async def detokenize(front: Front, body: DetokenizeBody) -> Response:
 def _info(front: Front, model: str | None):
     client = front.client
     if model is not None:
-        front.check_model(model)
+        front.adapter_of(model)
     return client.info

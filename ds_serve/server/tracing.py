@@ -77,6 +77,8 @@ class CallTrace:
     def begin(self, call_id: str, requests: Sequence[Request], n: int) -> None:
         params = requests[0].params
         self._n = n
+        if requests[0].adapter:
+            self._span.set_attribute("gen_ai.request.model", requests[0].adapter)
         self._span.set_attributes(
             {
                 "gen_ai.response.id": call_id,

@@ -29,6 +29,7 @@ from ds_serve.model.loader import load
 from ds_serve.parallel.control import Controller, Follower, Progress
 from ds_serve.parallel.grid import Grid, meet
 from ds_serve.parallel.wire import Build, Close, Leave
+from ds_serve.worker.certify import certify
 from ds_serve.worker.constraint import Constraints
 from ds_serve.worker.local import LeadRank
 from ds_serve.worker.worker import Worker
@@ -55,7 +56,7 @@ def build_worker(
     deliver: Callable[[CopyResult], None],
     fail: Callable[[BaseException], None],
 ) -> Worker:
-    """This rank's worker, on as many threads as are its share of the machine.
+    """This rank's worker, on as many threads as are its share of the machine, with a certificate if asked.
 
     Its copier's results and failure go to deliver and fail, on a thread of the copier's.
     """
@@ -69,6 +70,9 @@ def build_worker(
     if grid.place.samples:  # it reads the tokenizer while the model is loaded
         constraints = Constraints(settings.model, trust_remote_code=settings.trust_remote_code)
     worker = Worker(load(settings, grid), settings, grid, progress, deliver, fail, constraints)
+    if settings.check:
+        kv_bytes = worker.num_blocks * worker.layout.bytes_per_block
+        worker.certificate = certify(worker.model, settings, grid, kv_bytes)
     if constraints is not None:
         constraints.wait()
     progress.phase = "idle"

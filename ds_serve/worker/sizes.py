@@ -29,7 +29,7 @@ def cut_groups(model: LoadedModel, settings: Settings, grid: Grid) -> tuple[KVLa
     layout, stage = model.layout, grid.place.stage
     found = [[-1.0] * _num_layers(model) for _ in range(3)]
     for layer, kv in enumerate(layout.layers, layout.first_layer):
-        size = kv.num_kv_heads * (kv.k_dim + kv.v_dim)
+        size = kv.num_kv_heads * (kv.k_dim + (0 if kv.v_in_k else kv.v_dim))
         for each, value in zip(found, (kv.reach, size, stage), strict=True):
             each[layer] = value
     reaches, sizes, stages = ([int(value) for value in grid.maximum(each)] for each in found)

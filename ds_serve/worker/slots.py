@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ds_serve.attention.context import AttentionBatch
+from ds_serve.attention.context import AdapterRows, AttentionBatch
 from ds_serve.attention.layout import KVLayout
 from ds_serve.messages import NewSequence, Row
 
@@ -49,12 +49,14 @@ class SlotTable:
         self._blocks = np.zeros((max_num_seqs, max_blocks, num_groups), dtype=np.int32)
         self._num_entries = [0] * max_num_seqs
         self._num_prompt = [0] * max_num_seqs
+        self._adapters = np.zeros(max_num_seqs, dtype=np.int64)
 
     def admit(self, new: NewSequence) -> None:
         """new takes its slot; what the slot held is forgotten."""
         self._tokens[new.slot, : len(new.token_ids)] = new.token_ids
         self._num_entries[new.slot] = 0
         self._num_prompt[new.slot] = new.num_prompt_tokens
+        self._adapters[new.slot] = new.adapter
 
     def append(self, slots: Sequence[int], positions: Sequence[int], token_ids: Sequence[int]) -> None:
         """The sampled token of each slot, at its position."""
@@ -100,6 +102,7 @@ class SlotTable:
             max_query_len=int(counts.max()),
             num_tokens=num_tokens,
             sampled=_put(sampled.astype(np.int64), device),
+            adapters=_adapter_rows(self._adapters[slot_of], device),
             more_groups=tuple(more_groups),
         )
         return StepInputs(
@@ -143,6 +146,13 @@ class SlotTable:
                 before.append(first + np.arange(end - row.start))
         none = np.zeros(0, dtype=np.int64)
         return scored, np.concatenate([none, *targets]), np.concatenate([none, *before])
+
+
+def _adapter_rows(of_token: np.ndarray, device: torch.device) -> AdapterRows | None:
+    taken = of_token[of_token > 0]
+    if not len(taken):
+        return None
+    return AdapterRows(_put(of_token, device), int(taken.min()), int(taken.max()))
 
 
 def _put(array: np.ndarray, device: torch.device) -> torch.Tensor:

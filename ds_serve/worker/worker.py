@@ -25,6 +25,7 @@ from ds_serve.messages import (
     StepPlan,
     StepResult,
 )
+from ds_serve.model.certificate import Certificate
 from ds_serve.model.loader import LoadedModel, ModelLoadError
 from ds_serve.parallel.control import Progress
 from ds_serve.parallel.grid import Grid
@@ -60,10 +61,10 @@ class Worker:
         constraints: Constraints | None,
     ) -> None:
         self.model, self.place = model, grid.place
+        self.certificate: Certificate | None = None  # of settings.check, once there is one
         self._grid = grid
         self._progress = progress
-        layout, windows = cut_groups(model, settings, grid)
-        model.layout, self.windows = layout, windows
+        self.layout, self.windows = layout, windows = cut_groups(model, settings, grid)
         # One block table serves all ranks, so the rank with the least memory sets the size, in each tier.
         self.num_blocks, self.num_host_blocks = grid.minimum(
             [
@@ -112,10 +113,10 @@ class Worker:
         if not self.num_host_blocks:
             raise ModelLoadError(
                 f"host_cache of {settings.host_cache} bytes, split evenly over {place.world_size} ranks, "
-                f"holds no block of {model.layout.bytes_per_block} bytes on {place}: give more"
+                f"holds no block of {self.layout.bytes_per_block} bytes on {place}: give more"
             )
         # Touched here once and for all: first stores shall not pay for page faults.
-        host_slab = model.layout.allocate(self.num_host_blocks, "cpu")
+        host_slab = self.layout.allocate(self.num_host_blocks, "cpu")
         checksums = settings.host_checksums
         self._copier = Copier(self._slab, host_slab, place.rank, deliver, fail, checksums)
         self._copy_s, slowest = self._grid.maximum(
@@ -151,7 +152,7 @@ class Worker:
             self._slots.admit(new)
             began = time.perf_counter()
             row = Row(slot=0, start=0, count=count, new_block_ids=blocks, sample=True)
-            inputs = self._slots.build([row], self._slab, model.layout)
+            inputs = self._slots.build([row], self._slab, self.layout)
             with use_batch(inputs.attention):
                 stage(inputs.input_ids, inputs.attention.positions, inputs.attention.sampled, hidden)
             get_accelerator().synchronize()
@@ -174,6 +175,7 @@ class Worker:
             dtype=str(self.model.dtype).removeprefix("torch."),
             tensor_parallel=self.place.tp,
             pipeline_parallel=self.place.pp,
+            adapters=tuple(settings.adapters),
             windows=self.windows.reaches,
         )
 
@@ -193,7 +195,7 @@ class Worker:
             self._slots.admit(new)
             if self._sampler is not None:
                 self._sampler.admit(new.slot, new.params, new.token_ids, new.num_prompt_tokens)
-        inputs = self._slots.build(plan.rows, self._slab, self.model.layout)
+        inputs = self._slots.build(plan.rows, self._slab, self.layout)
         progress.batch = inputs.attention
         if self._sampler is not None:
             self._sampler.begin(inputs.slots)

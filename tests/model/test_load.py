@@ -71,6 +71,19 @@ def test_dtype_is_the_checkpoints_unless_asked(llama):
     assert load(Settings(model=llama, dtype="bfloat16")).dtype == torch.bfloat16
 
 
+def test_every_tensor_is_transformers_own(tmp_path):
+    """In half precision too, where DeepSpeed would cast rotary frequencies: long prompts then go wrong."""
+    folder = save(build("llama", torch.bfloat16), tmp_path)
+    wanted = tensors(AutoModelForCausalLM.from_pretrained(folder, dtype="auto"))
+    found = tensors(load(Settings(model=folder, injection="off")).stage.module)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)  # dtypes too
+    assert {torch.bfloat16, torch.float32} == {tensor.dtype for tensor in found.values()}
+
+
+def tensors(module):
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
 def test_a_missing_directory_and_other_formats_are_refused(tmp_path):
     with pytest.raises(ModelLoadError, match=r"config\.json"):
         load(Settings(model=str(tmp_path / "none")))
@@ -96,7 +109,11 @@ def test_a_checkpoint_that_lacks_tensors_is_refused(tmp_path):
     ("architecture", "config", "words"),
     [
         ("mamba", {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}, "state"),
-        ("bloom", {"vocab_size": 60, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "AttentionInterface"),
+        (
+            "codegen",
+            {"vocab_size": 60, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
+            "AttentionInterface",
+        ),
         ("t5", {"vocab_size": 60, "d_model": 32, "d_ff": 32, "num_layers": 2, "num_heads": 4}, "encoder"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),
         (

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds_serve.messages import Request, SamplingParams
+from ds_serve.model.adapters import plain_attention
 
 VOCAB = 160
 COMMON = {
@@ -36,12 +37,27 @@ ARCHITECTURES = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
 }  # fmt: skip
+# Architecture and configuration of the models that model/adapters.py is for.
+ADAPTED = {
+    "bloom": ("bloom", {}),
+    "falcon_7b": ("falcon", {"multi_query": True, "parallel_attn": True, "new_decoder_architecture": False}),
+    "falcon_40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 4}),
+    "falcon_rw": (
+        "falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
+    ),
+    "gptj": ("gptj", GPT2 | {"rotary_dim": 4}),
+    "mpt": (
+        "mpt",
+        {"d_model": 64, "n_heads": 8, "n_layers": 3, "max_seq_len": 512, "attn_config": {"clip_qkv": 2.0}},
+    ),
+}  # fmt: skip
 
 
 def build(architecture: str, dtype: torch.dtype = torch.float32, **overrides):
     """A model in eval mode whose random weights make logits that depend on everything."""
     config = AutoConfig.for_model(architecture, **(ARCHITECTURES.get(architecture, COMMON) | overrides))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    plain = plain_attention(config)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=plain)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -97,15 +113,21 @@ def oracles(model, prompts: list[list[int]], lengths: list[int]) -> list[list[in
     return [found[index] for index in range(len(prompts))]
 
 
-def run_all(engine, prompts, max_tokens: int | list[int], **params) -> list[list[int]]:
+def run_all(
+    engine, prompts, max_tokens: int | list[int], adapters: list[str] | None = None, **params
+) -> list[list[int]]:
     """Submits every prompt at once; the tokens of each, greedy unless params say otherwise."""
+    adapters = adapters or [""] * len(prompts)
     lengths = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
     params = {"temperature": 0.0} | params
     queues = []
-    for index, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+    for index, (prompt, length, adapter) in enumerate(zip(prompts, lengths, adapters, strict=True)):
         queues.append(queue.SimpleQueue())
         request = Request(
-            id=f"r{index}", prompt_token_ids=prompt, params=SamplingParams(max_tokens=length, **params)
+            id=f"r{index}",
+            prompt_token_ids=prompt,
+            params=SamplingParams(max_tokens=length, **params),
+            adapter=adapter,
         )
         engine.submit(request, queues[-1].put)
     return [drain(each) for each in queues]

@@ -33,7 +33,8 @@ def run_case(case: dict) -> dict:
         rounds, accounts = [], []
         for phase in variant.get("phases") or [everything] * variant["rounds"]:
             prompts, lengths = ([case[name][index] for index in phase] for name in ("prompts", "lengths"))
-            rounds.append(run_all(engine, prompts, lengths))
+            adapters = [case["adapters"][index] for index in phase] if "adapters" in case else None
+            rounds.append(run_all(engine, prompts, lengths, adapters))
             accounts.append(settled(engine))
         stats = accounts[-1]
         engine.close()

@@ -4,8 +4,9 @@
 
 Rank 0 prints a JSON line a case: {"case", "difference" (the largest of any logit), "argmax" (whether all are
 the same), "whole" (the model's parameters), "uncut" (those that each shard may have in full), "shards" (the
-parameters of each), "left_behind" (whether DeepSpeed's class is changed afterwards), "error"}. Cases of FUSED
-have other fields: see run_fused.
+parameters of each), "latents" (the layers of each whose attention was compared with latents in the cache
+too), "left_behind" (whether DeepSpeed's class is changed afterwards), "error"}. Cases of FUSED have other
+fields: see run_fused.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ds_serve.attention.backends import Backend, select_backend
 from ds_serve.attention.builder import load_ops
 from ds_serve.attention.context import AttentionBatch, use_batch
 from ds_serve.attention.interface import install, probe_layers
+from ds_serve.attention.latent import use_latents
 from ds_serve.attention.layout import KVLayout
 from ds_serve.model.injection import inject
 from ds_serve.model.sharding import shard
@@ -141,7 +143,11 @@ def run(case: Case, grid: Grid) -> dict:
     found = [logits(model, ids)]
     paged(model)
     found.append(paged_logits(model, ids))
+    latents = use_latents(model)
+    if latents:
+        found.append(paged_logits(model, ids))
     return {
+        "latents": of_all(latents, grid),
         "difference": max((each - wanted).abs().max().item() for each in found),
         "argmax": all(torch.equal(each.argmax(-1), wanted.argmax(-1)) for each in found),
         "whole": whole,

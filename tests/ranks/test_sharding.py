@@ -49,6 +49,7 @@ def test_logits_and_parameters(name, ranks):
     same = record["difference"] < MAX_DIFFERENCE and record["argmax"]
     assert same == (CASES[name].spoil is None), record["difference"]
     assert sum(record["shards"]) <= record["whole"] + (ranks - 1) * record["uncut"]
+    assert record["latents"] == [3 if CASES[name].architecture == "deepseek_v3" else 0] * ranks
     assert not record["left_behind"]
 
 

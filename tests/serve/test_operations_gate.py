@@ -361,7 +361,7 @@ def test_a_line_for_each_request(locked, lines):
 
 
 def test_a_failure_of_ours_has_a_name_and_a_line(server, lines, monkeypatch, caplog):
-    monkeypatch.setattr(server.front, "check_model", lambda name: 1 / 0)
+    monkeypatch.setattr(server.front, "adapter_of", lambda name: 1 / 0)
     response = server.http.get("/v1/models/x", headers={"X-Request-Id": "broken"})
     status, error = error_of(response)
     assert (status, error.type, response.headers["x-request-id"]) == (500, "server_error", "broken")

@@ -1,5 +1,7 @@
 """Settings: sources in their order of strength, and what is refused."""
 
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
@@ -43,3 +45,28 @@ def test_unknown_and_bad_settings_are_named(bad, tmp_path):
 def test_a_missing_file_is_named():
     with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
         Settings.load("nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    "given", ["fr=/a, de = /b=c", {"fr": Path("/a"), "de": "/b=c"}], ids=["a flag's text", "a mapping"]
+)
+def test_adapters(given):
+    assert Settings(model="m", adapters=given).adapters == {"fr": "/a", "de": "/b=c"}
+    assert Settings(model="m", adapters="").adapters == Settings(model="m").adapters == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ("fr", "NAME=DIRECTORY"),
+        ("fr=", "NAME=DIRECTORY"),
+        ("fr=/a,,de=/b", "NAME=DIRECTORY"),
+        ("fr=/a,fr=/b", "given twice"),
+        ({" fr": "/a"}, "blanks"),
+        ({"": "/a"}, "empty"),
+        ("m=/a", "the model's own name"),
+    ],
+)
+def test_bad_adapters(given, why):
+    with pytest.raises(ValidationError, match=why):
+        Settings(model="somewhere/m", adapters=given)
