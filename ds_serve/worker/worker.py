@@ -109,7 +109,7 @@ class Worker:
         fail: Callable[[BaseException], None],
     ) -> None:
         """The host slab, its copier, and how fast that and the model are. All ranks do this together."""
-        model, place = self.model, self.place
+        place = self.place
         if not self.num_host_blocks:
             raise ModelLoadError(
                 f"host_cache of {settings.host_cache} bytes, split evenly over {place.world_size} ranks, "

@@ -63,7 +63,7 @@ def test_preemption(case, start, steps_in_flight):
     engine = start(
         folder,
         num_blocks=24,
-        window_blocks="off",  # test_windows.py has the same with windows
+        window_blocks="off",  # test_window_tokens.py has the same with windows
         block_size=4,
         max_num_batched_tokens=64,
         attention="reference",
