@@ -10,6 +10,7 @@ from math import inf
 from random import Random
 from unittest.mock import patch
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import VOCAB, SimulatedWorker, Tiers, expected_output, expected_prompt_logprobs, make_request
@@ -279,21 +280,43 @@ def test_the_same_where_blocks_are_given_back_when_they_leave_a_window(load):
     check_everything(load)
 
 
-@settings(max_examples=100, deadline=None)
-@given(window_workloads())
-def test_with_windows_too_a_prompt_that_is_admitted_is_computed_without_preemption(load):
-    requests = [
-        make_request(
-            request.id,
-            request.prompt_token_ids,
-            1,
-            priority=request.priority,
-            prompt_logprobs=request.params.prompt_logprobs,  # such a prompt leaves room in a step for others
-        )
-        for request in load.requests
-    ]
-    load = replace(load, requests=requests, limits=replace(load.limits, audit_share=0.0))
-    assert Simulation(load).run().scheduler.stats().num_preemptions == 0
+@pytest.mark.parametrize("steps_in_flight", [1, 2])
+@pytest.mark.parametrize("num_blocks", range(18, 38, 2))
+def test_with_windows_too_prompts_are_computed_beside_each_other_only_where_both_fit(
+    num_blocks, steps_in_flight
+):
+    """A slow prompt, whose log-probabilities are asked for, and one that could overtake it."""
+    slow, fast = make_request("slow", [1] * 40, 1, prompt_logprobs=0), make_request("fast", [2] * 40, 1)
+    limits = Limits(
+        max_num_seqs=2,
+        max_num_batched_tokens=8 // steps_in_flight,
+        max_model_len=90,
+        max_scored_tokens=2,
+        max_steps_in_flight=steps_in_flight,
+    )
+    load = Workload(
+        num_blocks,
+        limits,
+        [slow, fast],
+        arrivals=[2],
+        aborts={},
+        unpins={},
+        spoiler=0,
+        moments=[(9, 1)],
+        luck=0,
+        failure_rate=0.0,
+        pace=1.0,
+        windows=(0, 6),
+    )
+    simulation = check_everything(load)
+    assert simulation.scheduler.stats().num_preemptions == 0
+    (_, began, _), (_, _, ended) = (simulation.outputs[name][-1].times for name in ("fast", "slow"))
+    most = load.cache().windows.most_blocks(40)
+    assert most == 10 + 5
+    if num_blocks >= 2 * most + 2:
+        assert began == 2.0, "both fit, and a block of each group to go on with"
+    elif num_blocks < 2 * most - 4:
+        assert began >= ended
 
 
 def check_everything(load):
@@ -333,6 +356,7 @@ def check_everything(load):
     assert stats.cached_tokens_host == sum(output.num_host_tokens for output in last)
     assert all(output.num_host_tokens <= output.num_cached_tokens for output in last)
     assert stats.audit_max_difference == 0.0
+    return simulation
 
 
 @settings(max_examples=60, deadline=None)
