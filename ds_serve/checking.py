@@ -53,8 +53,11 @@ def run(settings: Settings, json_file: str | None) -> int:
 
 
 def check(settings: Settings) -> Certificate:
-    """The certificate, greedy tokens and all. Raises what loading raises, or RankFailure."""
+    """The certificate, with greedy tokens unless layers differ. Raises what loading raises, RankFailure."""
     engine, certificate = build_checked_engine(settings)
+    if not certificate.matches:
+        engine.close()
+        return certificate
     try:
         prompts = _prompts(engine.info.vocab_size, engine.info.max_model_len)
         outputs = _continue(engine, prompts)

@@ -4,7 +4,8 @@ adapt() replaces what attends in each of their layers by a call of interface.pag
 their loops and everything else stay transformers' own. ALiBi becomes a table of biases by head and position
 of the key, one for all layers, with the numbers of the model's own function: biases by distance differ from
 these by a constant for each query, which softmax drops. Knows no block and no kernel. The loader calls
-plain_attention() before it reads weights, and adapt() between plain_output() and install().
+plain_attention() before it reads weights, and adapt() between plain_output() and install(); sharding.py calls
+cut_biases().
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from types import MethodType
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.bloom import modeling_bloom
 from transformers.models.bloom.modeling_bloom import BloomAttention, BloomPreTrainedModel
 from transformers.models.falcon import modeling_falcon
 from transformers.models.falcon.modeling_falcon import FalconAttention, FalconPreTrainedModel
 from transformers.models.gptj.modeling_gptj import GPTJAttention, GPTJPreTrainedModel
+from transformers.models.mpt import modeling_mpt
 from transformers.models.mpt.modeling_mpt import MptAttention, MptPreTrainedModel
 
 from ds_serve.attention.interface import UnsupportedModelError, mark_adapted, paged_attention
@@ -134,7 +137,10 @@ def _mpt(
 
 
 def _own_bias(model: PreTrainedModel, place: Place, longest: Callable[[], int]) -> torch.Tensor | None:
-    """float32 [this rank's heads, longest() or more], None for a model with rotary embeddings."""
+    """float32 [this rank's heads, longest() or more], None for a model with rotary embeddings.
+
+    By the modules' functions: those of the same name in the models are DeepSpeed's once it has cut them.
+    """
     config, device = model.config, model.device
     heads = config.num_attention_heads
     if isinstance(model, GPTJPreTrainedModel) or (
@@ -147,16 +153,36 @@ def _own_bias(model: PreTrainedModel, place: Place, longest: Callable[[], int]) 
     everyone = torch.ones(1, length, dtype=torch.long, device=device)
     if isinstance(model, MptPreTrainedModel):
         # By distance from the last key: what two neighbours differ by is the slope, exactly.
-        ends = model.base_model.build_mpt_alibi_tensor(heads, 2, device=device)[:, 0]
+        ends = modeling_mpt.build_mpt_alibi_tensor(heads, 2, device=device)[:, 0]
         table = (ends[:, 1:] - ends[:, :1]) * torch.arange(length, device=device)
     elif isinstance(model, BloomPreTrainedModel):
-        table = model.base_model.build_alibi_tensor(everyone, heads, model.dtype)[:, 0]
+        table = modeling_bloom.build_alibi_tensor(everyone, heads, model.dtype)[:, 0]
     else:
         table = modeling_falcon.build_alibi_tensor(everyone, heads, model.dtype)[:, 0]
         table = table / math.sqrt(config.head_dim)
     return table.float()[Heads.of(config, place).own_query].contiguous()
 
 
+def cut_biases(layer: nn.Module, heads: Heads) -> None:
+    """Tells a layer that is cut into shards, and not adapted yet, which biases of all heads' are its own."""
+
+    def own(value):
+        """Biases [H, 1, T], or with a dimension of 1 before them: [1, H, 1 or T, T]."""
+        if not isinstance(value, torch.Tensor) or value.dim() < 3:
+            return value
+        dim = value.dim() - 3
+        return value[(slice(None),) * dim + (heads.own_query,)] if value.shape[dim] == heads.query else value
+
+    def give(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        biased = {name: own(kwargs[name]) for name in _BIASES & kwargs.keys()}
+        return args, kwargs | biased
+
+    for module in layer.modules():
+        if isinstance(module, BloomAttention | FalconAttention | MptAttention):
+            module.register_forward_pre_hook(give, with_kwargs=True)
+
+
+_BIASES = {"alibi", "position_bias", "attention_mask"}  # Falcon's mask holds biases
 _MPT_COMPUTED = {
     "alibi": True, "alibi_bias_max": 8, "attn_type": "multihead_attention", "prefix_lm": False,
     "qk_ln": False, "attn_uses_sequence_id": False, "logit_scale": None, "no_bias": True,

@@ -155,7 +155,7 @@ class Certificate(msgspec.Struct, kw_only=True):
         same = f"{self.same_argmax:.1%} have the same best one"
         lines.append(f"logits: differ by at most {self.logits:.2g}, {same}")
         if self.greedy is None:
-            lines.append("greedy: not compared (ds-serve check does)")
+            lines.append("greedy: not compared (ds-serve check does, where no layer differs)")
         else:
             greedy = self.greedy
             same = greedy.tokens - greedy.ties - len(greedy.mismatches)

@@ -345,6 +345,8 @@ def _check_norm(module: nn.Module, family: tuple[str, str]) -> None:
 
 def _check_tensors(module: nn.Module) -> None:
     for p in module.parameters():
+        if type(p) is not nn.Parameter:  # torchao's quantised tensors call themselves bfloat16
+            raise _Mismatch(f"weight of class {type(p).__name__}")
         if p.dtype != torch.bfloat16 or p.device.type != "cpu":
             raise _Mismatch(f"{p.dtype} on {p.device.type}")
 

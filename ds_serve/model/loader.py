@@ -30,7 +30,7 @@ from ds_serve.model.errors import ModelLoadError
 from ds_serve.model.injection import InjectionReport, inject
 from ds_serve.model.lora import attach
 from ds_serve.model.parity import plain_output, try_adapters, verify_paged
-from ds_serve.model.quantised import explained, name_skipped, prepare, settle
+from ds_serve.model.quantised import alone, explained, name_skipped, prepare, settle
 from ds_serve.model.rope import settle_rope
 from ds_serve.model.sharding import shard
 from ds_serve.model.stage import Parts, Stage, cut_points, drop_tied_embedding, stage_class
@@ -150,7 +150,7 @@ def skeleton(settings: Settings, config: PreTrainedConfig) -> PreTrainedModel:
 def read_weights(settings: Settings, config: PreTrainedConfig, model_class: type) -> PreTrainedModel:
     """transformers builds model_class on meta and fills each of its parameters by one read of its tensor."""
     dtype = "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    with _quiet_transformers(), explained(settings, config):
+    with _quiet_transformers(), explained(settings, config), alone(config):
         try:
             module, loading = model_class.from_pretrained(
                 settings.model,

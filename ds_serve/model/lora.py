@@ -52,7 +52,7 @@ class LinearWithAdapters(nn.Module):
         for number, a, _ in parts:
             ranks[number - 1] = len(a)
         self.ends = [0, *accumulate(ranks)]  # adapter n has ranks ends[n - 1] .. ends[n] - 1
-        device = parts[0][1].device
+        device, self.num_inputs = parts[0][1].device, parts[0][1].shape[1]
         owners = torch.repeat_interleave(torch.arange(1, num_adapters + 1), torch.tensor(ranks)).to(device)
         self.register_buffer("owners", owners, persistent=False)  # [all ranks]: whose each one is
         self.register_buffer("a", torch.cat([a for _, a, _ in parts]), persistent=False)
@@ -69,9 +69,9 @@ class LinearWithAdapters(nn.Module):
         y, batch = self.base(x), current_batch.get()
         if batch is None:
             return y
-        if x.numel() != batch.num_tokens * x.shape[-1]:
+        if x.numel() != batch.num_tokens * self.num_inputs:
             raise UnsupportedModelError(
-                f"{self.name}: the model calls this linear for {x.numel() // x.shape[-1]} of "
+                f"{self.name}: the model calls this linear for {x.numel() // self.num_inputs} of "
                 f"{batch.num_tokens} tokens, so no adapter can change it"
             )
         rows = batch.adapters
@@ -80,7 +80,7 @@ class LinearWithAdapters(nn.Module):
         own = slice(self.ends[rows.first - 1], self.ends[rows.last])
         if own.start == own.stop:
             return y
-        low = x.reshape(-1, x.shape[-1]) @ self.a[own].t()
+        low = x.reshape(-1, self.num_inputs) @ self.a[own].t()
         # Not a product with zeros: another's numbers may be beyond those that are finite.
         low.masked_fill_(rows.of_token[:, None] != self.owners[own], 0)
         if self.reduce is not None:

@@ -16,6 +16,8 @@ from torch import nn
 
 from ds_serve.attention.interface import UnsupportedModelError
 from ds_serve.config import Settings
+from ds_serve.model import quantised
+from ds_serve.model.errors import ModelLoadError
 from ds_serve.model.loader import longest, read_config, read_weights, skeleton
 from ds_serve.model.parity import plain_output
 from ds_serve.model.rope import settle_rope
@@ -126,10 +128,14 @@ class Original:
     """
 
     def __init__(self, settings: Settings, dtype: torch.dtype, device: torch.device) -> None:
-        self._settings = settings.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
-        self._device = device
+        self._settings, self._dtype, self._device = settings, dtype, device
         model = skeleton(settings, read_config(settings))
         self._class, self._config = type(model), model.config
+        if (method := quantised.kept(model.config)) is not None:
+            raise ModelLoadError(
+                f"{settings.model}: its weights stay as {method} quantised them, and there is no original in "
+                "float32 to compare with; serve it without check"
+            )
         self.kinds = [type(layer).__name__ for layer in model.get_submodule(stack_name(model))]
         self.has_experts = has_experts(model)
         self.streamed = len(self.kinds) > 1 and self._can_be_cut()
@@ -159,7 +165,13 @@ class Original:
 
     def _read(self, layers: range, place: Place) -> Stage:
         model_class = stage_class(self._class, place, layers) if place.pp > 1 else self._class
-        module = read_weights(self._settings, self._config, model_class).to(self._device)
+        dtype = str(self._dtype).removeprefix("torch.")
+        if getattr(self._config, "quantization_config", None) is not None:
+            dtype = "auto"  # it is read in the checkpoint's
+        settings = self._settings.model_copy(update={"dtype": dtype})
+        module = read_weights(settings, self._config, model_class).to(self._device)
+        if self._dtype == torch.float32:
+            module.float()
         drop_tied_embedding(module, place)
         settle_rope(module, longest(self._config, self._settings))
         return Stage(module, place, layers)

@@ -64,10 +64,14 @@ def prepare(settings: Settings, config: PreTrainedConfig) -> None:
             f"{', '.join(METHODS)}, and checkpoints that are not quantised"
         )
     _check_package(settings, name, method)
+    _check_dtype(settings, name, config)
     _check_scales(settings, name, how)
     dense = method.dense or (name == "compressed-tensors" and not _activations(how))
-    if not dense:
-        _check_kept(settings, name, config)
+    if not dense and settings.tensor_parallel > 1:
+        raise ModelLoadError(
+            f"{settings.model}: quantised by {name}, whose weights cannot be cut into tensor shards, but "
+            f"tensor_parallel is {settings.tensor_parallel}; use tensor_parallel=1"
+        )
     if name == "bitsandbytes" and _threshold(how):
         logger.warning(
             "%s: bitsandbytes keeps columns in which a token of the step is above llm_int8_threshold (%g) in "
@@ -75,6 +79,12 @@ def prepare(settings: Settings, config: PreTrainedConfig) -> None:
             settings.name, _threshold(how),
         )  # fmt: skip
     config.quantization_config = how | ({"dequantize": True} if dense else {})
+
+
+def kept(config: PreTrainedConfig) -> str | None:
+    """The method whose form the weights keep once they are read; None where they are dense."""
+    how = _how(config)
+    return how["quant_method"] if how is not None and not how.get("dequantize") else None
 
 
 def rounds_activations(config: PreTrainedConfig) -> bool:
@@ -108,19 +118,13 @@ def _check_package(settings: Settings, name: str, method: Method) -> None:
         )
 
 
-def _check_kept(settings: Settings, name: str, config: PreTrainedConfig) -> None:
-    """Weights that stay quantised are whole, and of the dtype that they were made for."""
-    if settings.tensor_parallel > 1:
-        raise ModelLoadError(
-            f"{settings.model}: quantised by {name}, whose weights cannot be cut into tensor shards; "
-            f"tensor_parallel is {settings.tensor_parallel}, use tensor_parallel=1"
-        )
-    config = config.get_text_config(decoder=True)
-    made_for = str(config.dtype).removeprefix("torch.") if config.dtype else "auto"
+def _check_dtype(settings: Settings, name: str, config: PreTrainedConfig) -> None:
+    """Scales and what was not quantised keep the checkpoint's dtype, whatever transformers is asked for."""
+    made_for = str(config.get_text_config(decoder=True).dtype).removeprefix("torch.")
     if settings.dtype not in ("auto", made_for):
         raise ModelLoadError(
-            f"{settings.model}: quantised by {name} for {made_for}, but dtype is {settings.dtype}; use "
-            "dtype=auto"
+            f"{settings.model}: quantised by {name} for {made_for}, but dtype is {settings.dtype}; "
+            "use dtype=auto"
         )
 
 
@@ -173,7 +177,24 @@ def name_skipped(config: PreTrainedConfig, whole: PreTrainedModel) -> None:
 def settle(module: PreTrainedModel) -> None:
     """Once the weights are read: compressed-tensors would make them dense in the first forward."""
     if hasattr(module, "ct_decompress_hook"):
-        module.hf_quantizer.compressor.decompress_model(module)
+        with alone(module.config):
+            module.hf_quantizer.compressor.decompress_model(module)
+
+
+@contextlib.contextmanager
+def alone(config: PreTrainedConfig) -> Iterator[None]:
+    """Inside it each rank works for itself: compressed-tensors deals modules out to all ranks of the world.
+
+    Ranks of other stages have other modules, and wait for ever.
+    """
+    how = _how(config)
+    if how is None or how["quant_method"] != "compressed-tensors":
+        yield
+        return
+    from compressed_tensors.offload import as_single_threaded
+
+    with as_single_threaded():
+        yield
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ds_serve.attention.interface import UnsupportedModelError
+from ds_serve.model.adapters import cut_biases
 from ds_serve.model.repairs import ATTENTION, Heads, covers, is_linear, prepare, repair
 from ds_serve.model.stage import stack_name
 from ds_serve.parallel.grid import Grid
@@ -67,6 +68,7 @@ def shard(module: PreTrainedModel, grid: Grid) -> nn.Module:
     _shard_head(module, grid)
     for layer in layers:  # first, so that no whole expert goes to the device
         repair(layer, heads, grid)
+        cut_biases(layer, heads)
     with _told_how(partition), heads.in_config():
         module = _init_inference(
             module,

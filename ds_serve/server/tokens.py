@@ -20,7 +20,7 @@ _CHARS_A_TOKEN = 4  # about; it decides whether ids are decoded on the event loo
 
 
 class _TokenizeBody(Body):
-    model: Text | None = Field(None, description="the served model's name, if any")
+    model: Text | None = Field(None, description="a served model's name, if any")
     return_token_strs: bool = Field(False, description="also tell how the vocabulary spells each token")
 
 
@@ -56,7 +56,7 @@ class TokenizeReply(BaseModel):
 
 
 class DetokenizeBody(Body):
-    model: Text | None = Field(None, description="the served model's name, if any")
+    model: Text | None = Field(None, description="a served model's name, if any")
     tokens: list[int]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ MLA = {
     "moe_intermediate_size": 48, "n_shared_experts": 1, "first_k_dense_replace": 1, "q_lora_rank": 32,
     "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
 }  # fmt: skip
+OWN_KV = {"num_key_value_heads": None}  # a field that these architectures do not have
 # architecture: (what differs from the tiny model, the first adapter, the second)
 CASES = {
     "llama": (
@@ -59,7 +61,21 @@ MORE = {
         {"r": 4, "lora_alpha": 8, "target_modules": ["k_proj", "out_proj"]},
         EVERYTHING,
     ),
-}
+    "bloom": (
+        OWN_KV, {"r": 4, "lora_alpha": 16, "target_modules": ["query_key_value"]}, EVERYTHING,
+    ),
+    "falcon": (
+        OWN_KV | {"new_decoder_architecture": True, "num_kv_heads": 4},
+        {"r": 4, "lora_alpha": 16, "target_modules": ["query_key_value"]},
+        EVERYTHING,
+    ),
+    "gptj": (OWN_KV | {"rotary_dim": 4}, {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}, EVERYTHING),
+    "mpt": (
+        OWN_KV | {"max_seq_len": 512, "attn_config": {"clip_qkv": 2.0}},
+        {"r": 4, "lora_alpha": 8, "target_modules": ["Wqkv"]},
+        EVERYTHING,
+    ),
+}  # fmt: skip
 NAMES = ("fr", "de")
 
 
@@ -71,7 +87,9 @@ def make(architecture: str, folder: Path, number: int, **overrides) -> PeftModel
 
 def adapt(model: PreTrainedModel, folder: Path, number: int, config: dict) -> PeftModel:
     """model with a random adapter, which is saved to folder."""
-    model = get_peft_model(model, LoraConfig(**config))
+    with warnings.catch_warnings():  # of transformers, and of fan_in_fan_out, which changes nothing here
+        warnings.simplefilter("ignore")
+        model = get_peft_model(model, LoraConfig(**config))
     generator = torch.Generator().manual_seed(number)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):

@@ -37,19 +37,17 @@ ARCHITECTURES = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
 }  # fmt: skip
+OWN_KV = {"num_key_value_heads": None}  # a field that these architectures do not have
 # Architecture and configuration of the models that model/adapters.py is for.
 ADAPTED = {
-    "bloom": ("bloom", {}),
-    "falcon_7b": ("falcon", {"multi_query": True, "parallel_attn": True, "new_decoder_architecture": False}),
-    "falcon_40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 4}),
+    "bloom": ("bloom", OWN_KV),
+    "falcon_7b": ("falcon", OWN_KV | {"multi_query": True, "parallel_attn": True}),
+    "falcon_40b": ("falcon", OWN_KV | {"new_decoder_architecture": True, "num_kv_heads": 4}),
     "falcon_rw": (
-        "falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
+        "falcon", OWN_KV | {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
     ),
-    "gptj": ("gptj", GPT2 | {"rotary_dim": 4}),
-    "mpt": (
-        "mpt",
-        {"d_model": 64, "n_heads": 8, "n_layers": 3, "max_seq_len": 512, "attn_config": {"clip_qkv": 2.0}},
-    ),
+    "gptj": ("gptj", OWN_KV | {"rotary_dim": 4}),
+    "mpt": ("mpt", OWN_KV | {"max_seq_len": 512, "attn_config": {"clip_qkv": 2.0}}),
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from tiny_models import ADAPTED, OWN_KV
 from torch import nn
 
 
@@ -61,6 +62,7 @@ DBRX = {
     "attn_config": {"kv_n_heads": 4, "clip_qkv": 8, "rope_theta": 10000.0},
     "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
 }  # fmt: skip
+FALCON_7B, FALCON_40B = ADAPTED["falcon_7b"][1], ADAPTED["falcon_40b"][1]
 BIGCODE = {"n_embd": 64, "n_layer": 3, "n_head": 8, "n_positions": 512}
 ODD = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96}
 
@@ -106,6 +108,13 @@ CASES = {
     "apertus": Case("apertus"),
     "hunyuan": Case("hunyuan_v1_dense", {"head_dim": 16}),
     "starcoder2": Case("starcoder2", {"sliding_window": 8}),
+    **{name: Case(*of) for name, of in ADAPTED.items()},
+    "bloom-odd": Case("bloom", ODD | OWN_KV),
+    "falcon_7b-odd": Case("falcon", FALCON_7B | ODD | OWN_KV),
+    "falcon_40b-odd": Case("falcon", FALCON_40B | ODD | OWN_KV | {"num_kv_heads": 3}),
+    "falcon_40b-2kv": Case("falcon", FALCON_40B | {"num_kv_heads": 2, "bias": True}),
+    "falcon_rw-odd": Case("falcon", ADAPTED["falcon_rw"][1] | ODD | OWN_KV),
+    "mpt-odd": Case("mpt", ADAPTED["mpt"][1] | ODD | OWN_KV),
     "spoiled-order": Case("llama", spoil=_swap_rows),
     "spoiled-bias": Case("gpt_oss", spoil=_keep_bias),
 }
@@ -130,5 +139,6 @@ FUSED = {
 }
 IN_FOUR = [
     "llama", "llama-tied", "llama-biases", "llama-1kv", "qwen3", "gemma2", "gpt2", "phi3", "olmo2", "mixtral",
-    "qwen3_moe", "deepseek_v3", "gpt_oss", "spoiled-order",
+    "qwen3_moe", "deepseek_v3", "gpt_oss", "spoiled-order", "bloom-odd", "falcon_7b",
+    "falcon_40b-2kv", "falcon_rw", "mpt-odd",
 ]  # fmt: skip

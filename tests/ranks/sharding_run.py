@@ -29,7 +29,9 @@ from ds_serve.attention.context import AttentionBatch, use_batch
 from ds_serve.attention.interface import install, probe_layers
 from ds_serve.attention.latent import use_latents
 from ds_serve.attention.layout import KVLayout
+from ds_serve.model.adapters import adapt
 from ds_serve.model.injection import inject
+from ds_serve.model.repairs import Heads
 from ds_serve.model.sharding import shard
 from ds_serve.parallel.grid import Grid, meet
 
@@ -42,8 +44,9 @@ def logits(model, ids: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids, use_cache=False).logits[0].float()
 
 
-def paged(model) -> Backend:
+def paged(model, grid: Grid) -> Backend:
     """model's attention is ds_paged from now on."""
+    adapt(model, grid.place, lambda: NUM_TOKENS)
     name = "reference" if model.dtype == torch.float32 else "auto"
     backend = select_backend(torch.device("cpu"), model.dtype, 16, name)
     install(model, backend)
@@ -79,26 +82,22 @@ def parameters(model) -> int:
     return sum(storages.values()) // 4
 
 
-def uncut(model) -> int:
+def uncut(model, grid: Grid) -> int:
     """Elements that belong to every shard: all outside the decoder layers and the head, vectors, routers."""
     head = model.get_output_embeddings().weight
     tied = head is model.get_input_embeddings().weight
-    matrix = re.compile(r".*\.(layers|h)\.\d+\.(?!.*(_a_proj|kv_a|altup|laurel|per_layer)).*")
+    matrix = re.compile(r".*\.(layers|h|blocks)\.\d+\.(?!.*(_a_proj|kv_a|altup|laurel|per_layer)).*")
     router = re.compile(
         r".*(router\.\w+|router\.layer\.\w+|\.gate\.weight|shared_expert_gate\.weight|down_proj_bias)"
     )
-    kv = re.compile(r".*(k_proj|v_proj|qkv_proj|c_attn)\.weight") if copies_kv(model) else re.compile("$")
+    copied = Heads.of(model.config, grid.place).kv_copies > 1
+    kv = re.compile(r".*(k_proj|v_proj|qkv_proj|c_attn|query_key_value)\.weight" if copied else "$")
     return sum(
         p.numel()
         for name, p in model.named_parameters()
         if (p is not head or tied)
         and not (p.dim() > 1 and matrix.match(name) and not router.fullmatch(name) and not kv.fullmatch(name))
     )
-
-
-def copies_kv(model) -> bool:
-    config = model.config
-    return 1 in (getattr(config, "num_key_value_heads", None), int(getattr(config, "multi_query", False)))
 
 
 def probe() -> torch.Tensor:
@@ -115,7 +114,7 @@ def of_all(value, grid: Grid) -> list:
 def run_fused(case: Case, grid: Grid) -> dict:
     """The shard's logits in bf16 before and after injection."""
     model, ids = shard(build(case.architecture, torch.bfloat16, **case.overrides), grid), probe()
-    backend = paged(model)
+    backend = paged(model, grid)
     wanted = paged_logits(model, ids)
     if case.spoil:
         case.spoil(model, grid)
@@ -135,13 +134,13 @@ def run_fused(case: Case, grid: Grid) -> dict:
 
 def run(case: Case, grid: Grid) -> dict:
     model, ids = build(case.architecture, **case.overrides), probe()
-    wanted, whole, in_full = logits(model, ids), parameters(model), uncut(model)
+    wanted, whole, in_full = logits(model, ids), parameters(model), uncut(model, grid)
     model = shard(model, grid)
     if case.spoil:
         case.spoil(model, grid)
     own = parameters(model)
     found = [logits(model, ids)]
-    paged(model)
+    paged(model, grid)
     found.append(paged_logits(model, ids))
     latents = use_latents(model)
     if latents:

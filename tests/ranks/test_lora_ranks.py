@@ -20,7 +20,7 @@ from tiny_adapters import CASES, MORE, Served
 LAUNCH_S = 400
 ALL = [*CASES, *MORE]
 TEST_ALL = os.environ.get("DS_SERVE_TEST_ALL") == "1"
-WANTED = {(2, 2): ["llama", "gpt2", "phi3"]}
+WANTED = {(2, 2): ["llama", "phi3"]}
 if TEST_ALL:
     WANTED = {(2, 1): ALL, (4, 1): ["llama", "gemma", "phi3"], (1, 2): ALL, (2, 2): ALL}
 

@@ -12,7 +12,7 @@ import torch
 from real_server import CHAT, Server, text_of
 from transformers import AutoModelForCausalLM
 
-from ds_serve import demo
+from ds_serve import cli, demo
 from ds_serve.text.codec import TextCodec
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
@@ -94,3 +94,16 @@ def test_models_are_listed_and_others_refused(server):
     ]  # fmt: skip
     with pytest.raises(openai.NotFoundError, match="'it' is not served here; 'demo', 'fr', 'de' are"):
         ask(server, "it")
+
+
+def test_generate_takes_an_adapter(wanted, capsys):
+    """The command line, and so the pipeline under it."""
+    folders, texts = wanted
+    flag = ",".join(f"{name}={folder}" for name, folder in folders.items())
+    command = ["generate", "demo", "--dtype", "float32", "--num-blocks", "64", "--adapters", flag, "--chat"]
+    command += ["--prompt", CHAT[0]["content"], "--max-new-tokens", str(NUM_TOKENS)]
+    assert cli.main([*command, "--adapter", "de"]) == 0
+    found = capsys.readouterr().out.strip()
+    assert found and texts["de"].startswith(found)
+    assert cli.main([*command, "--adapter", "it"]) == 2
+    assert "adapter: 'it' is not loaded; loaded: fr, de" in capsys.readouterr().err

@@ -55,6 +55,15 @@ def test_adapters(given):
     assert Settings(model="m", adapters="").adapters == Settings(model="m").adapters == {}
 
 
+def test_adapters_of_a_flag_or_the_environment_replace_a_files(tmp_path, monkeypatch):
+    file = tmp_path / "s.yaml"
+    file.write_text("model: m\nadapters:\n  fr: /a\n  de: /b\n")
+    assert Settings.load(str(file)).adapters == {"fr": "/a", "de": "/b"}
+    monkeypatch.setenv("DS_SERVE_ADAPTERS", "es=/c")
+    assert Settings.load(str(file)).adapters == {"es": "/c"}
+    assert Settings.load(str(file), adapters="it=/d").adapters == {"it": "/d"}
+
+
 @pytest.mark.parametrize(
     ("given", "why"),
     [

@@ -68,6 +68,19 @@ def test_an_unknown_adapter_is_refused_by_name():
     assert output.error == "adapter 'it' is not loaded here; loaded: fr, de"
 
 
+def test_a_key_keeps_the_newest_prompt_whatever_its_adapter():
+    tiers = Tiers(num_blocks=32, num_host_blocks=0, max_pinned_blocks=8, adapters=NAMES)
+    for adapter in NAMES:
+        assert cached(tiers, f"first-{adapter}", adapter=adapter, cache_key="k") == 0
+        assert tiers.scheduler.stats().num_pinned_blocks == 4
+    tiers.add(make_request("others", [7] * (28 * BLOCK), 1))
+    tiers.run()
+    assert cached(tiers, "gone", adapter="fr") == 0
+    assert cached(tiers, "kept", adapter="de") == 4 * BLOCK
+    tiers.scheduler.unpin("k", "")
+    assert tiers.scheduler.stats().num_pinned_blocks == 0
+
+
 def test_audits_go_through_the_adapter_of_the_hit():
     tiers = Tiers(num_blocks=32, num_host_blocks=0, audit_share=1.0, adapters=NAMES)
     tiers.add(make_request("a", PROMPT, 1, adapter="de"))
