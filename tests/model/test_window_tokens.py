@@ -7,8 +7,12 @@ import queue
 from contextlib import contextmanager
 
 import pytest
+import torch
 from tiny_models import build, drain, oracles, run_all, save
 
+from ds_serve.attention.backends import select_backend
+from ds_serve.attention.context import AttentionBatch
+from ds_serve.attention.layout import KVLayout, LayerKV
 from ds_serve.config import Settings
 from ds_serve.messages import Request, SamplingParams
 from ds_serve.rank import build_local_engine
@@ -119,3 +123,40 @@ def test_off_keeps_all_blocks(tmp_path):
         params = SamplingParams(max_tokens=300, temperature=0.0)
         engine.submit(Request(id="long", prompt_token_ids=LONG[0], params=params), outputs.put)
         assert drain(outputs) == oracles(model, LONG[:1], [300])[0]
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+@pytest.mark.parametrize("local", [{"window": 20}, {"chunk": 24}], ids=str)
+def test_what_lies_where_an_entry_is_gone_is_never_read(name, local):
+    """Two groups of layers; the second one's first entries point at a block of NaN."""
+    layout = KVLayout((LayerKV(2, 16, 16), LayerKV(2, 16, 16, reach=24)), 16, torch.float32, groups=(0, 1))
+    generator = torch.Generator().manual_seed(0)
+    slab, backend = layout.allocate(12, "cpu"), select_backend("cpu", torch.float32, 16, name)
+    start, end, hole = 72, 77, 11
+    past = torch.randn(2, end, 2, 16, generator=generator)
+    query = torch.randn(end, 4, 16, generator=generator)
+
+    def run(begin, stop, table):
+        positions = torch.arange(begin, stop)
+        group = positions, torch.tensor([table]).int()
+        batch = AttentionBatch(
+            slab=slab,
+            layout=layout,
+            slot_mapping=positions + 16 * 5,
+            query_start=torch.tensor([0, stop - begin]).int(),
+            context_len=torch.tensor([stop]).int(),
+            block_tables=torch.arange(5, 10).int()[None],
+            positions=positions,
+            max_query_len=stop - begin,
+            num_tokens=stop - begin,
+            more_groups=(group,),
+        )
+        k, v = past[:, begin:stop]
+        return backend.forward(1, query[begin:stop], k, v, batch, scale=0.25, **local)
+
+    wanted = run(0, end, [0, 1, 2, 3, 4])[start:]
+    slab[hole] = float("nan")
+    slab[0:3] = float("nan")  # given to somebody else
+    found = run(start, end, [hole, hole, hole, 3, 4])
+    assert torch.allclose(found, wanted, atol=1e-5)
+    assert not slab[5:10].any(), "group 0's blocks are not touched"
