@@ -141,6 +141,11 @@ class Settings(BaseSettings):
 
     attention: Literal["auto", "reference", "cpu"] = Field("auto", description="attention backend")
     injection: Literal["auto", "off"] = Field("auto", description="fused modules for known layers")
+    latent_cache: Literal["auto", "off"] = Field(
+        "auto",
+        description="cache latents in place of keys and values where the model has them (DeepSeek); "
+        "off: several times the memory, slower answers, faster reading of long prompts",
+    )
 
     tensor_parallel: int = Field(1, ge=1, description="tensor shards of each stage (--tp)")
     pipeline_parallel: int = Field(1, ge=1, description="pipeline stages (--pp); ranks = tp x pp")

@@ -3,7 +3,8 @@
 Inside a region lie, for each KV head and each 16 tokens, 64-byte lines of 16 32-bit words, so that a
 word is one fp32 or two bf16 that AVX512-BF16 multiplies at once:
   bf16: K as [Dk/2][16 tokens][2], V as [16/2 token pairs][Dv][2];  fp32: K as [Dk][16], V as [16][Dv].
-Only the op reads and writes it.
+Where values are columns of the keys there are K lines only, of which the op makes V lines as it goes, once
+for all heads that share them. Only the op reads and writes it.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class CpuBackend:
         layer: int,
         q: torch.Tensor,
         k: torch.Tensor,
-        v: torch.Tensor,
+        v: torch.Tensor | None,
         batch: AttentionBatch,
         *,
         scale: float,
@@ -54,7 +55,7 @@ class CpuBackend:
         return torch.ops.ds_serve.paged_attention(
             q,
             k,
-            v,
+            k[..., : layout.layers[layer].v_dim] if v is None else v,
             batch.slab,
             layout.k_offset(layer),
             layout.v_offset(layer),

@@ -84,8 +84,8 @@ def paged_mask(
         raise UnsupportedModelError("the model asks for bidirectional attention; ds_paged is causal")
     if use_vmap:
         raise UnsupportedModelError("the model overlays a mask of its own, which ds_paged does not compute")
-    if attention_mask is not None:
-        raise UnsupportedModelError("attention_mask: must be None, the batch says which tokens there are")
+    if attention_mask is not None and not attention_mask.all():  # BioGPT and others make one of ones
+        raise UnsupportedModelError("attention_mask: hides tokens, but the batch says which tokens there are")
     return None if local_size is None else MaskSpec(int(local_size))
 
 
@@ -266,6 +266,12 @@ def probe_layers(
     try:
         with torch.no_grad():
             forward() if forward is not None else _dry_forward(model)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{type(model).__name__}: {error}") from error
+    except (AttributeError, TypeError) as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: its code fails where attention is {NAME}, which makes no mask: {error}"
+        ) from error
     finally:
         _recorder.reset(token)
     found = [index for index, _ in recorder.calls]

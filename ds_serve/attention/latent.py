@@ -22,17 +22,19 @@ _SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
 class LatentProjection(nn.Module):
-    """In kv_b_proj's place, with its weight [H * (nope + v), r] of this shard's H heads.
+    """In kv_b_proj's place, with its weight [H * (nope + v), r] of this shard's H heads in two parts.
 
     forward() keeps the step's latents for the attention call that follows, and gives the model zeros as the
-    key and value of a single head, to which it adds the rope part.
+    key and value of a single head, to which it adds the rope part. w_uk is [H, nope, r], w_uv [H, r, v]: as
+    the products want them (in bf16 W_UV as a view of the whole weight took a token ten times as long).
     """
 
     def __init__(self, linear: nn.Module, rank: int, nope: int, rope: int, v_dim: int) -> None:
         super().__init__()
-        self.linear = linear
         self.rank, self.nope, self.rope, self.v_dim = rank, nope, rope, v_dim
-        self.num_heads = linear.weight.shape[0] // (nope + v_dim)
+        heads = linear.weight.detach().unflatten(0, (-1, nope + v_dim))
+        self.w_uk = nn.Parameter(heads[:, :nope].contiguous(), requires_grad=False)
+        self.w_uv = nn.Parameter(heads[:, nope:].transpose(1, 2).contiguous(), requires_grad=False)
         self._latent: torch.Tensor | None = None
 
     @staticmethod
@@ -59,22 +61,23 @@ class LatentProjection(nn.Module):
         latent, self._latent = self._latent, None
         wide = self.nope + self.rope
         tokens = query.shape[2]
-        wanted = (1, self.num_heads, tokens, wide), (1, 1, tokens, wide), tokens * self.rank
+        wanted = (1, len(self.w_uk), tokens, wide), (1, 1, tokens, wide), tokens * self.rank
         found = tuple(query.shape), tuple(key.shape), 0 if latent is None else latent.numel()
         if found != wanted:
             raise ValueError(f"latent attention: query, key and latents are {found}, expected {wanted}")
-        into = self._weights()[:, : self.nope]
-        query = torch.cat([query[..., : self.nope] @ into, query[..., self.nope :]], -1)
+        query = torch.cat([query[..., : self.nope] @ self.w_uk, query[..., self.nope :]], -1)
         return query, torch.cat([latent.reshape(1, 1, tokens, self.rank), key[..., self.nope :]], -1)
 
     def expand(self, attended: torch.Tensor) -> torch.Tensor:
         """The sums of latents [T, H, r] -> the sums of values [T, H, v]."""
-        out_of = self._weights()[:, self.nope :].transpose(1, 2)
-        return (attended.transpose(0, 1) @ out_of).transpose(0, 1)
+        return (attended.transpose(0, 1) @ self.w_uv).transpose(0, 1)
 
-    def _weights(self) -> torch.Tensor:
-        """[H, nope + v, r]: W_UK's rows, then W_UV's, of each head."""
-        return self.linear.weight.unflatten(0, (self.num_heads, -1))
+    def to_linear(self) -> nn.Linear:
+        """kv_b_proj, as it was."""
+        weight = torch.cat([self.w_uk, self.w_uv.transpose(1, 2)], 1).flatten(0, 1)
+        linear = nn.Linear(self.rank, len(weight), bias=False, device="meta").train(self.training)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        return linear
 
 
 def use_latents(model: nn.Module) -> int:
@@ -97,7 +100,7 @@ def drop_latents(model: nn.Module) -> None:
     """Undoes use_latents: keys and values are cached again."""
     for module in _attentions(model):
         if isinstance(module.kv_b_proj, LatentProjection):
-            module.kv_b_proj = module.kv_b_proj.linear
+            module.kv_b_proj = module.kv_b_proj.to_linear()
 
 
 def _attentions(model: nn.Module) -> Iterator[nn.Module]:

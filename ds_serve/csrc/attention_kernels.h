@@ -35,6 +35,36 @@ struct Range {
   const uint32_t* v[kRange / kSub];
 };
 
+// Makes the V line of 16 tokens whose values are the first v_dim columns of their keys, from their K line.
+template <typename T>
+void values_of_keys(const uint32_t* k_line, int v_dim, uint32_t* v_line) {
+  constexpr int kWord = kPerWord<T>;
+  int d = 0;
+#ifdef DS_SERVE_AVX512
+  for (; d + kSub * kWord <= v_dim; d += kSub * kWord) {
+    vec::Word16 x[kSub];
+#pragma GCC unroll 16
+    for (int i = 0; i < kSub; i++) x[i] = vec::load_words(k_line + (d / kWord + i) * kSub);
+    vec::transpose(x);
+    uint32_t* out = v_line + d;
+#pragma GCC unroll 16
+    for (int t = 0; t < kSub; t += kWord, out += v_dim) {
+      if constexpr (kWord == 1) {
+        vec::store_words(out, x[t]);
+      } else {
+        vec::store_words(out, vec::interleave<false>(x[t], x[t + 1]));
+        vec::store_words(out + kSub, vec::interleave<true>(x[t], x[t + 1]));
+      }
+    }
+  }
+#endif
+  const T* k = reinterpret_cast<const T*>(k_line);
+  T* v = reinterpret_cast<T*>(v_line);
+  for (; d < v_dim; d++)
+    for (int t = 0; t < kSub; t++)
+      v[(t / kWord * v_dim + d) * kWord + t % kWord] = k[(d / kWord * kSub + t) * kWord + d % kWord];
+}
+
 // Query rows of one KV head, and the state of their softmax.
 struct Tile {
   int rows;
@@ -52,6 +82,7 @@ struct Tile {
   float cap;             // soft cap in log2 units; 0 for none
   float* scores;         // [kMicroRows][kRange] scratch
   uint32_t* probs;       // [kMicroRows][kRange / kPerWord] scratch
+  uint32_t* values;      // V lines of a range, where values are columns of the keys
 };
 
 // Few rows wait for memory: then the next keys and these keys' values are fetched meanwhile.

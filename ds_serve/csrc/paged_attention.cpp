@@ -4,6 +4,7 @@
 // (row, KV head, tile of queries), and rows of few queries also by spans of keys, whose partial results
 // are merged (flash decoding), so that threads share one long row. The cuts depend on the row alone:
 // a row's result is bit for bit the same in any batch and with any number of threads.
+// Where v_offset is k_offset, values are the first columns of the keys, and v is asked for its shape alone.
 // ds_serve/attention/cpu.py describes the blocks' layout; attention_kernels.h computes.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -43,12 +44,14 @@ struct Call {
   int v_stride() const { return (v_dim + kSub - 1) / kSub * kSub; }
   int64_t k_line() const { return int64_t(kSub) * k_words(); }          // words of 16 tokens of one head
   int64_t v_line() const { return int64_t(kSub) / kPerWord<T> * v_dim; }
+  bool v_in_k() const { return v_base == k_base; }  // values are the first columns of the keys
+  int64_t value_words() const { return v_in_k() ? k_line() : v_line(); }  // of the line that holds them
   // Words of the lines in which a head keeps the tokens sub*16.. of a block.
   uint32_t* keys(int64_t block, int head, int sub) const {
     return slab + block * block_words + k_base + (int64_t(head) * (block_size / kSub) + sub) * k_line();
   }
   uint32_t* values(int64_t block, int head, int sub) const {
-    return slab + block * block_words + v_base + (int64_t(head) * (block_size / kSub) + sub) * v_line();
+    return slab + block * block_words + v_base + (int64_t(head) * (block_size / kSub) + sub) * value_words();
   }
 };
 
@@ -125,19 +128,20 @@ Plan make_plan(const Call<T>& c, int num_rows) {
 // -- writing ------------------------------------------------------------------------------------
 
 // Tokens first .. first+count-1, which lie one after another in one block. A block's first token clears
-// its V lines: what a former owner left there is multiplied by probability 0, and must not be NaN.
+// the lines of its values: what a former owner left there is multiplied by probability 0, and must not be NaN.
 template <typename T>
 void write_run(const Call<T>& c, int64_t first, int count) {
   const int64_t block = c.slots[first] / c.block_size;
   const int begin = int(c.slots[first] % c.block_size);
   for (int head = 0; head < c.kv_heads; head++) {
     if (begin == 0 && count < c.block_size)
-      std::memset(c.values(block, head, 0), 0, 4 * c.v_line() * (c.block_size / kSub));
+      std::memset(c.values(block, head, 0), 0, 4 * c.value_words() * (c.block_size / kSub));
     for (int i = 0; i < count; i++) {
       const int sub = (begin + i) / kSub, lane = (begin + i) % kSub;
       const T* k = c.k + (first + i) * c.k_token + head * c.k_head;
       uint32_t* k_line = c.keys(block, head, sub) + lane;
       for (int d = 0; d < c.k_words(); d++) std::memcpy(k_line + d * kSub, k + d * kPerWord<T>, 4);
+      if (c.v_in_k()) continue;
       const T* v = c.v + (first + i) * c.v_token + head * c.v_head;
       uint32_t* v_line = c.values(block, head, sub) + lane / kPerWord<T> * c.v_dim;
       if (kPerWord<T> == 2 && lane % 2 == 1 && i > 0) continue;  // written with its neighbour
@@ -176,19 +180,21 @@ struct Scratch {
   template <typename T>
   Tile tile(const Call<T>& c, int max_rows) {
     const size_t rows = max_rows, q = rows * c.k_words(), out = rows * c.v_stride();
-    const size_t need = q + out + rows * (1 + kSub) + 2 * kMicroRows * kRange + kSub;
+    const size_t values = c.v_in_k() ? kRange / kSub * c.v_line() : 0;
+    const size_t need = q + out + rows * (1 + kSub) + 2 * kMicroRows * kRange + values + kSub;
     if (words.size() < need) words.resize(need);
     if (bounds.size() < 2 * rows) bounds.resize(2 * rows);
     if (biases.size() < rows) biases.resize(rows);
     const size_t skew = (64 - reinterpret_cast<uintptr_t>(words.data()) % 64) % 64 / 4;
     uint32_t* scores = words.data() + skew;
     uint32_t* probs = scores + kMicroRows * kRange;
-    float* sums = reinterpret_cast<float*>(probs + kMicroRows * kRange);
+    uint32_t* v = probs + kMicroRows * kRange;
+    float* sums = reinterpret_cast<float*>(v + values);
     float* lane_sums = sums + out;
     float* top = lane_sums + rows * kSub;
     return Tile{0, c.k_words(), c.v_dim, c.v_stride(), reinterpret_cast<uint32_t*>(top + rows), sums, top,
                 lane_sums, bounds.data(), bounds.data() + rows, c.bias ? biases.data() : nullptr, c.bias_length,
-                0.0f, 0.0f, reinterpret_cast<float*>(scores), probs};
+                0.0f, 0.0f, reinterpret_cast<float*>(scores), probs, v};
   }
 };
 
@@ -216,7 +222,7 @@ void load_queries(const Call<T>& c, const Item& item, Tile& tile) {
 }
 
 template <typename T>
-void load_range(const Call<T>& c, const Item& item, int64_t first_key, Range& range) {
+void load_range(const Call<T>& c, const Item& item, const Tile& tile, int64_t first_key, Range& range) {
   range.first_key = first_key;
   const int32_t* table = c.tables + item.row * c.table_stride;
   const int64_t begin = std::max(item.key_begin, first_key) / kSub;
@@ -224,8 +230,10 @@ void load_range(const Call<T>& c, const Item& item, int64_t first_key, Range& ra
   for (int64_t line = begin; line < end; line++) {
     const int64_t block = table[line * kSub / c.block_size];
     const int sub = int(line % (c.block_size / kSub));
-    range.k[line - first_key / kSub] = c.keys(block, item.head, sub);
-    range.v[line - first_key / kSub] = c.values(block, item.head, sub);
+    const int64_t i = line - first_key / kSub;
+    range.k[i] = c.keys(block, item.head, sub);
+    range.v[i] = c.v_in_k() ? tile.values + i * c.v_line() : c.values(block, item.head, sub);
+    if (c.v_in_k()) values_of_keys<T>(range.k[i], c.v_dim, tile.values + i * c.v_line());
   }
   const auto past = range.k + (end - first_key / kSub);
   std::fill(past, std::end(range.k), past[-1]);
@@ -247,7 +255,7 @@ void run_item(const Call<T>& c, const Item& item, Tile& tile, float* partials) {
   load_queries(c, item, tile);
   Range range;
   for (int64_t key = item.key_begin / kRange * kRange; key < item.key_end; key += kRange) {
-    load_range(c, item, key, range);
+    load_range(c, item, tile, key, range);
     attend_range<T>(tile, range);
   }
   float* partial = item.partial < 0 ? nullptr : partials + item.partial;
@@ -351,6 +359,8 @@ void check_tensors(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
   const int64_t align = dtype == at::kFloat ? 1 : 2;
   TORCH_CHECK_VALUE(k_offset % align == 0 && v_offset % align == 0 && slab.size(1) % align == 0,
                     "slab: its regions must begin at multiples of 4 bytes");
+  TORCH_CHECK_VALUE(k_offset != v_offset || v.size(2) <= k.size(2), "v: has ", v.size(2),
+                    " columns, and the keys that hold them ", k.size(2));
   TORCH_CHECK_VALUE(k_offset >= 0 && k_offset + block_size * k.size(1) * k.size(2) <= slab.size(1) &&
                         v_offset >= 0 && v_offset + block_size * v.size(1) * v.size(2) <= slab.size(1),
                     "slab: the layer's regions do not lie within a block's row");

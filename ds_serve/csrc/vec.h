@@ -80,6 +80,48 @@ DS_INLINE __m256i narrow(Vec16 x) {
 DS_INLINE void store(bf16* p, Vec16 x) { _mm256_storeu_si256((__m256i*)p, narrow(x)); }
 DS_INLINE void store(bf16* p, Vec16 x, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n), narrow(x)); }
 
+DS_INLINE void store_words(uint32_t* p, Word16 x) { _mm512_storeu_si512(p, x); }
+
+// Word j of x[i] becomes word i of x[j].
+DS_INLINE void transpose(Word16 (&x)[kLanes]) {
+  Word16 y[kLanes];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4)  // x[i + c]: of each group of 4 words the c-th, of 4 rows
+#pragma GCC unroll 2
+    for (int c = 0; c < 2; c++) {
+      x[i + 2 * c] = _mm512_unpacklo_epi64(y[i + c], y[i + 2 + c]);
+      x[i + 2 * c + 1] = _mm512_unpackhi_epi64(y[i + c], y[i + 2 + c]);
+    }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; c++) {  // then groups 0 and 2, or 1 and 3, of 8 rows
+    y[c] = _mm512_shuffle_i32x4(x[c], x[4 + c], 0x88);
+    y[4 + c] = _mm512_shuffle_i32x4(x[c], x[4 + c], 0xdd);
+    y[8 + c] = _mm512_shuffle_i32x4(x[8 + c], x[12 + c], 0x88);
+    y[12 + c] = _mm512_shuffle_i32x4(x[8 + c], x[12 + c], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; c++) {
+    x[c] = _mm512_shuffle_i32x4(y[c], y[8 + c], 0x88);
+    x[4 + c] = _mm512_shuffle_i32x4(y[4 + c], y[12 + c], 0x88);
+    x[8 + c] = _mm512_shuffle_i32x4(y[c], y[8 + c], 0xdd);
+    x[12 + c] = _mm512_shuffle_i32x4(y[4 + c], y[12 + c], 0xdd);
+  }
+}
+
+// The bf16 of a and b in turn: of words 0..7, or 8..15.
+template <bool Last>
+DS_INLINE Word16 interleave(Word16 a, Word16 b) {
+  const __m512i words = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i second = _mm512_slli_epi32(_mm512_add_epi32(words, _mm512_set1_epi32(32)), 16);
+  const __m512i pairs = _mm512_or_si512(words, second);
+  return _mm512_permutex2var_epi16(a, _mm512_add_epi16(pairs, _mm512_set1_epi16(Last ? 16 : 0)), b);
+}
+
 DS_INLINE Vec16 fma(Vec16 a, Vec16 b, Vec16 c) { return _mm512_fmadd_ps(a, b, c); }
 DS_INLINE Vec16 max(Vec16 a, Vec16 b) { return _mm512_max_ps(a, b); }
 DS_INLINE Vec16 min(Vec16 a, Vec16 b) { return _mm512_min_ps(a, b); }

@@ -15,8 +15,8 @@ FUSED, AS_IS = "fused", "as is"
 class Row(msgspec.Struct, kw_only=True):
     """One part of the model: the embedding, a decoder layer, or the head with the final norm.
 
-    local          largest error of a token where the original gets the served input, and local_bound what the
-                   token with the largest excess was allowed; both are shares of what the part adds
+    local          error where the original gets the served input, and local_bound what it may be, of the
+                   token that comes nearest to its bound or exceeds it most; shares of what the part adds
     over           tokens above their bound, of which over_allowed may be (a token on the border between two
                    experts may take another one)
     total          error of all the parts so far, and total_bound; shares of the hidden state
@@ -89,9 +89,9 @@ class Certificate(msgspec.Struct, kw_only=True):
         for row in sorted(failing, key=lambda row: row.fails != "local"):
             if row.fails == "local":
                 return (
-                    f"{row.name} ({row.kind}, {row.done}) computes something else than the original: on "
-                    f"{row.over} of {self.probe_tokens} tokens it is off by more than {row.local_bound:.2g}, "
-                    f"by up to {row.local:.2g} of what it adds"
+                    f"{row.name} ({row.kind}, {_brief(row)}) computes something else than the original: "
+                    f"{row.over} of {self.probe_tokens} tokens are off by more than they may be, the worst "
+                    f"by {row.local:.2g} of what it adds, where {row.local_bound:.2g} is allowed"
                 )
             return (
                 f"{row.name} ({row.kind}): the hidden states are off by {row.total:.2g}, above "
@@ -121,8 +121,7 @@ class Certificate(msgspec.Struct, kw_only=True):
         for row in self.rows:
             over = f"{row.fails or 'ok'}{f' ({row.over} over)' if row.over else ''}"
             figures = (row.local, row.local_bound, row.total, row.total_bound)
-            done = FUSED if row.done == FUSED else AS_IS
-            lines.append((row.name, row.kind, *(f"{value:.1e}" for value in figures), over, done))
+            lines.append((row.name, row.kind, *(f"{value:.1e}" for value in figures), over, _brief(row)))
         widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
         pad = ["<", "<", ">", ">", ">", ">", "<", "<"]
         table = [
@@ -169,6 +168,10 @@ class Certificate(msgspec.Struct, kw_only=True):
                 f"{_size(memory.kv_cache)}, peak {_size(memory.peak)} with a part of the original"
             )
         return [*lines, f"MISMATCH: {self.first_failure}" if self.first_failure else "MATCH"]
+
+
+def _brief(row: Row) -> str:
+    return FUSED if row.done == FUSED else AS_IS
 
 
 def _size(number: int) -> str:

@@ -76,7 +76,7 @@ def load(settings: Settings, grid: Grid | None = None) -> LoadedModel:
         plain = plain_output(stage, device)
     adapt(stage.module, grid.place, lambda: longest(config, settings))
     install(stage.module, backend)
-    layout = _proven_layout(stage, plain, settings.block_size, backend, grid)
+    layout = _proven_layout(stage, plain, settings, backend, grid)
     if adapters:
         try_adapters(stage, len(adapters), layout, device)
     max_model_len = longest(config, settings)
@@ -172,16 +172,16 @@ def read_weights(settings: Settings, config: PreTrainedConfig, model_class: type
 
 
 def _proven_layout(
-    stage: Stage, plain: torch.Tensor, block_size: int, backend: Backend, grid: Grid
+    stage: Stage, plain: torch.Tensor, settings: Settings, backend: Backend, grid: Grid
 ) -> KVLayout:
     """The KV layout with which paged attention gives the plain output: latents where the model has them.
 
     Where latents do not, on any shard, all shards of the stage cache keys and values instead.
     """
     problem, device = None, plain.device
-    num_latent = use_latents(stage.module) if backend.name == "reference" else 0
+    num_latent = use_latents(stage.module) if settings.latent_cache == "auto" else 0
     try:
-        layout = _kv_layout(stage, block_size, device)
+        layout = _kv_layout(stage, settings.block_size, device)
         verify_paged(stage, plain, layout, backend)
     except Exception as error:
         problem = error
@@ -196,7 +196,7 @@ def _proven_layout(
         type(stage.module).__name__, problem or "another tensor shard cannot use latents",
     )  # fmt: skip
     drop_latents(stage.module)
-    layout = _kv_layout(stage, block_size, device)
+    layout = _kv_layout(stage, settings.block_size, device)
     verify_paged(stage, plain, layout, backend)
     return layout
 

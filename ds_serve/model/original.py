@@ -7,6 +7,7 @@ cut so is held whole. Knows no batch, no paging, no other rank. Called by worker
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -94,7 +95,7 @@ class Part:
         for ids in sequences:
             own, end = [], start + len(ids)
             for hidden in (given, left or {}):
-                own.append({index: each[start:end].to(self.dtype) for index, each in hidden.items()})
+                own.append({index: self._in_dtype(each[start:end]) for index, each in hidden.items()})
             parts.append(self._run(ids.to(self.device), *own))
             start = end
         return Seen(
@@ -102,6 +103,10 @@ class Part:
             outputs={index: torch.cat([each.outputs[index] for each in parts]) for index in self.layers},
             logits=torch.cat([each.logits for each in parts]) if self._stage.place.is_last_stage else None,
         )
+
+    def _in_dtype(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Some models in half precision hand on float32; the original in float32 knows nothing else."""
+        return hidden.float() if self.dtype == torch.float32 else hidden
 
     def _run(self, ids: torch.Tensor, given: Hidden, left: Hidden) -> Seen:
         seen, positions = Seen(), torch.arange(len(ids), device=self.device)
@@ -140,6 +145,12 @@ class Original:
         self.has_experts = has_experts(model)
         self.streamed = len(self.kinds) > 1 and self._can_be_cut()
 
+    def in_dtype(self, dtype: torch.dtype) -> Original:
+        """The same original in another dtype."""
+        other = copy.copy(self)
+        other._dtype = dtype
+        return other
+
     def parts(self, layers: range) -> Iterator[Part]:
         """The given layers, one after another, or the whole model at once."""
         if not self.streamed:
@@ -152,10 +163,10 @@ class Original:
         return Place(index, tp=1, pp=len(self.kinds))
 
     def _can_be_cut(self) -> bool:
-        """Whether the last layer and the head run on hidden states alone."""
-        last = len(self.kinds) - 1
+        """Whether the first layer runs without the head, and the last one on hidden states alone."""
         try:
-            plain_output(self._read(range(last, last + 1), self._place(last)), self._device)
+            for index in (0, len(self.kinds) - 1):
+                plain_output(self._read(range(index, index + 1), self._place(index)), self._device)
         except UnsupportedModelError:
             return False
         return True

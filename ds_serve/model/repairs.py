@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from ds_serve.attention.interface import UnsupportedModelError
+from ds_serve.model.kv_heads import KV_FIELDS, copy_kv_heads, each_parameter, fill_query_heads
 from ds_serve.parallel.grid import Grid
 from ds_serve.parallel.place import Place
 
@@ -29,7 +30,6 @@ _LATENT_NORMS = re.compile(rf"{ATTENTION}(q_a_layernorm|kv_a_layernorm)")  # Dee
 _WHOLE = re.compile(r".*\b(router|altup|laurel)\b.*|per_layer_\w+.*|(.*\.)?gate\..*")
 _EXPERTS = {"gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"}
 _EXPERTS_DBRX = {"w1", "v1", "w2"}
-_KV_FIELDS = ("num_key_value_heads", "num_kv_heads")  # in a configuration, and in an attention
 
 
 def share(total: int, place: Place) -> slice:
@@ -60,8 +60,11 @@ class Heads:
         """UnsupportedModelError where the heads cannot be divided among the shards.
 
         Fewer key-value heads than shards are copied until each shard has one: Gemma, GPT-BigCode (1 head).
+        Falcon 7B's query heads are filled up with zeros (71 heads).
         """
         query, kv = config.num_attention_heads, _kv_heads(config)
+        if config.model_type == "falcon" and kv == 1 and not config.alibi:
+            query += -query % place.tp
         copies = place.tp // kv if kv < place.tp else 1
         if query % kv or (kv < place.tp and (place.tp % kv or query % place.tp)):
             good = [n for n in range(2, query + 1) if n <= kv or (n % kv == 0 and query % n == 0)]
@@ -71,6 +74,11 @@ class Heads:
             )
         interleaved = config.model_type == "falcon" or (config.model_type == "gpt_bigcode" and kv > 1)
         return cls(query, kv * copies, copies, config.hidden_size, config, place, interleaved)
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether some query heads are not the model's."""
+        return self.query != self.config.num_attention_heads
 
     @property
     def own_kv(self) -> slice:
@@ -84,7 +92,7 @@ class Heads:
     @contextlib.contextmanager
     def in_config(self) -> Iterator[None]:
         """While AutoTP reads the number of key-value heads from the configuration, copies are counted."""
-        name = next((name for name in _KV_FIELDS if hasattr(self.config, name)), None)
+        name = next((name for name in KV_FIELDS if hasattr(self.config, name)), None)
         saved = getattr(self.config, name or "", None)
         if saved is None or saved == self.kv:
             yield
@@ -157,7 +165,9 @@ def prepare(layer: nn.Module, heads: Heads) -> None:
     if heads.kv_copies > 1:
         for name, module in layer.named_modules():
             if re.fullmatch(ATTENTION, f"{name}."):
-                _copy_kv_heads(module, heads)
+                if heads.is_filled:
+                    fill_query_heads(module, heads)
+                copy_kv_heads(module, heads)
 
 
 def _as_linear(layer: nn.Module, name: str, conv: Conv1D) -> None:
@@ -176,41 +186,6 @@ def _same_class(layer_class: type[nn.Module]) -> type[nn.Module]:
         return layer_class
     names = {"__module__": layer_class.__module__, "_holds_linears": True}
     return type(layer_class.__name__, (layer_class,), names)
-
-
-def _copy_kv_heads(attention: nn.Module, heads: Heads) -> None:
-    """Fewer key-value heads than shards: each is copied, so that every shard has one beside its queries."""
-    kv = heads.kv // heads.kv_copies
-
-    def copies(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach().unflatten(0, (kv, -1)).repeat_interleave(heads.kv_copies, 0).flatten(0, 1)
-
-    def grouped(tensor: torch.Tensor) -> torch.Tensor:
-        groups = tensor.detach().unflatten(0, (kv, heads.query // kv + 2, -1))
-        queries = groups[:, :-2].unflatten(1, (heads.kv_copies, -1))
-        ends = groups[:, None, -2:].expand(-1, heads.kv_copies, *groups[:, -2:].shape[1:])
-        return torch.cat([queries, ends], 2).flatten(0, 3)
-
-    def fused(tensor: torch.Tensor) -> torch.Tensor:
-        size = len(tensor) // (heads.query + 2 * kv)
-        q, k, v = tensor.detach().split([heads.query * size, kv * size, kv * size])
-        return torch.cat([q, copies(k), copies(v)])
-
-    for name in ("k_proj", "v_proj", "qkv_proj", "Wqkv", "c_attn", "query_key_value"):
-        linear = getattr(attention, name, None)
-        if linear is not None:
-            in_one = grouped if heads.interleaved else fused
-            _each_parameter(linear, copies if name in ("k_proj", "v_proj") else in_one)
-            linear.out_features = len(linear.weight)
-    for name in _KV_FIELDS:
-        if hasattr(attention, name):
-            setattr(attention, name, heads.kv)
-    attention.num_key_value_groups = heads.query // heads.kv
-
-
-def _each_parameter(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    for name, parameter in list(module.named_parameters(recurse=False)):
-        setattr(module, name, nn.Parameter(change(parameter), requires_grad=False))
 
 
 # -- what AutoTP leaves whole ------------------------------------------------------------------
@@ -289,7 +264,7 @@ def _epsilon(norm: nn.Module) -> float:
 def _cut_norm(kind: str, norm: nn.Module, own: slice, heads: int, grid: Grid) -> nn.Module:
     """Cohere: a row of the weight for each head. OLMo 2, OLMo 3, OLMoE, MiniMax-M2: one over all heads."""
     if kind == "rows":
-        _each_parameter(norm, lambda tensor: tensor.detach()[own].clone())
+        each_parameter(norm, lambda tensor: tensor.detach()[own].clone())
         return norm
     size = len(norm.weight) // heads
     return ShardedRMSNorm(norm, slice(own.start * size, own.stop * size), grid)
@@ -385,7 +360,7 @@ def _cut_experts_dbrx(weights: nn.Module, experts: nn.Module, grid: Grid) -> Non
     """DBRX: w1, v1 and w2 [experts x width, hidden] in a module of its own within the experts."""
     width = weights.ffn_hidden_size
     own = _share_of_width(width, grid.place)
-    _each_parameter(
+    each_parameter(
         weights, lambda tensor: tensor.detach().unflatten(0, (-1, width))[:, own].flatten(0, 1).clone()
     )
     weights.ffn_hidden_size = own.stop - own.start

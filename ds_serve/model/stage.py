@@ -10,6 +10,7 @@ step. The loader builds stages, the worker calls them.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from itertools import accumulate, pairwise
 
 import torch
@@ -117,10 +118,14 @@ def _size(module: nn.Module) -> int:
 
 
 def stack_name(model: PreTrainedModel) -> str:
-    """Name of the ModuleList of the model's decoder layers. UnsupportedModelError where there is none."""
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    """Name of the ModuleList of the model's decoder layers. UnsupportedModelError where there is none.
+
+    It lies in the decoder: a tower of images may have as many layers.
+    """
+    count, decoder = model.config.get_text_config(decoder=True).num_hidden_layers, model.get_decoder()
+    inside = {id(module) for module in decoder.modules()}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
+        if isinstance(module, nn.ModuleList) and len(module) == count and id(module) in inside:
             return name
     raise UnsupportedModelError(
         f"{type(model).__name__} has no list of {count} decoder layers to cut into stages; "
@@ -211,6 +216,8 @@ class Stage:
         self.hidden_size = module.config.get_text_config(decoder=True).hidden_size
         self.dtype = module.dtype
         self._stack = None if place.is_first_stage else stack_name(module)
+        # Whisper's decoder, say, takes any keyword, does nothing with this one and gives all tokens' logits.
+        self._keeps_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
 
     @property
     def layers(self) -> range:
@@ -229,14 +236,15 @@ class Stage:
         Logits [S, V] of the tokens named by sampled on the last stage, hidden states [1, T, H] on the others.
         The first stage takes no hidden. Call it inside use_batch(batch).
         """
+        kept = {"logits_to_keep": sampled} if self._keeps_logits else {}
         with self._given(hidden):
             try:
                 output = self.module(
-                    input_ids=input_ids, position_ids=positions[None], use_cache=False, logits_to_keep=sampled
+                    input_ids=input_ids, position_ids=positions[None], use_cache=False, **kept
                 )
             except _Leave as leave:
                 return leave.hidden
-        return output.logits[0]
+        return output.logits[0] if kept else output.logits[0, sampled]
 
     def _given(self, hidden: torch.Tensor | None):
         """Inside it, this stage's first layer gets hidden, whatever the model's loop gives it."""

@@ -16,13 +16,16 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from ds_serve.attention.context import use_batch
+from ds_serve.attention.interface import UnsupportedModelError
 from ds_serve.config import Settings
 from ds_serve.messages import NewSequence, Row, SamplingParams
 from ds_serve.model.certificate import AS_IS, FUSED, Certificate, Memory
 from ds_serve.model.certificate import Row as Figures
 from ds_serve.model.compare import added, errors, judge_local, judge_total, norms
+from ds_serve.model.errors import ModelLoadError
 from ds_serve.model.loader import LoadedModel
 from ds_serve.model.original import Hidden, Original, Part, Seen, watch
+from ds_serve.model.stage import stack_name
 from ds_serve.parallel.grid import Grid
 from ds_serve.worker.slots import SlotTable
 
@@ -44,6 +47,7 @@ def certify(model: LoadedModel, settings: Settings, grid: Grid, kv_bytes: int) -
 
     kv_bytes is what this rank's KV cache takes. Raises what reading the original raises.
     """
+    _look_into(model)
     sequences = probe(model.vocab_size, model.max_model_len)
     served = _served(model, settings, grid, sequences)
     rows, end = [], None
@@ -68,6 +72,17 @@ def certify(model: LoadedModel, settings: Settings, grid: Grid, kv_bytes: int) -
         same_argmax=end.same_argmax,
         memory=[memory for *_, memory in found],
     )
+
+
+def _look_into(model: LoadedModel) -> None:
+    """ModelLoadError where there are no decoder layers to look into."""
+    try:
+        stack_name(model.stage.module)
+    except UnsupportedModelError as error:
+        raise ModelLoadError(
+            f"{type(model.stage.module).__name__} has no list of its decoder layers, so they cannot be "
+            "compared one by one; serve it without check"
+        ) from error
 
 
 # -- the served side ---------------------------------------------------------------------------
@@ -180,12 +195,11 @@ class _Comparison:
         self._model, self._grid = model, grid
         self._eps = torch.finfo(model.dtype).eps
         self._count = sum(map(len, sequences))
-        dtypes = [torch.float32] if model.dtype == torch.float32 else [torch.float32, model.dtype]
+        self._original = Original(settings, torch.float32, model.device)
         self._chains = [
-            _Chain(Original(settings, dtype, model.device), sequences, self._receive(dtype))
-            for dtype in dtypes
+            _Chain(self._original.in_dtype(dtype), sequences, self._receive(dtype))
+            for dtype in dict.fromkeys((torch.float32, model.dtype))
         ]
-        self._original = self._chains[0].original
 
     def _receive(self, dtype: torch.dtype) -> torch.Tensor | None:
         if self._grid.place.is_first_stage:

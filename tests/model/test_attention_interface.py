@@ -221,9 +221,10 @@ def test_misuse_is_told():
 def test_masks():
     assert paged_mask(batch_size=1, q_length=3, kv_length=3) is None
     assert paged_mask(local_size=8) == MaskSpec(8)
+    assert paged_mask(attention_mask=torch.ones(1, 3)) is None
     for wrong in (
         {"use_vmap": True},
-        {"attention_mask": torch.ones(1, 3)},
+        {"attention_mask": torch.tensor([[0, 1, 1]])},
         {"allow_is_bidirectional_skip": True},
     ):
         with pytest.raises(UnsupportedModelError):

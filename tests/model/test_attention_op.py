@@ -78,11 +78,24 @@ class Rows:
 def qkv(rows: Rows, tokens: int, heads: int, layer: LayerKV, dtype: torch.dtype):
     """As transformers gives them: [T,H,D] views of [H,T,D] memory."""
     shapes = ((heads, layer.k_dim), (layer.num_kv_heads, layer.k_dim), (layer.num_kv_heads, layer.v_dim))
-    return [rows.random(h, tokens, d).to(dtype).transpose(0, 1) for h, d in shapes]
+    q, k, v = (rows.random(h, tokens, d).to(dtype).transpose(0, 1) for h, d in shapes)
+    return q, k, None if layer.v_in_k else v
 
 
 def with_dtype(batch: AttentionBatch, slab: torch.Tensor, layout: KVLayout) -> AttentionBatch:
     return AttentionBatch(**{**batch.__dict__, "slab": slab, "layout": layout})
+
+
+@st.composite
+def layers(draw):
+    heads, k_dim, v_dim = (
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 17)),
+        draw(st.sampled_from([1, 3, 8, 9, 16])),
+    )
+    if draw(st.sampled_from([False, False, True])):  # any number of columns, also an odd one
+        return LayerKV(heads, 8 * k_dim, draw(st.integers(1, 8 * k_dim)), v_in_k=True)
+    return LayerKV(heads, 8 * k_dim, 8 * v_dim)
 
 
 @st.composite
@@ -97,9 +110,7 @@ def cases(draw):
     return {
         "steps": steps,
         "block_size": draw(st.sampled_from([16, 16, 48])),
-        "layer": LayerKV(
-            draw(st.integers(1, 3)), 8 * draw(st.integers(1, 17)), 8 * draw(st.sampled_from([1, 3, 8, 9, 16]))
-        ),
+        "layer": draw(layers()),
         "group": draw(st.sampled_from([1, 2, 3, 4, 7])),
         "dtype": draw(st.sampled_from([torch.float32, torch.bfloat16])),
         "window": draw(st.sampled_from([None, None, 1, 13, 100, 257])),
@@ -138,7 +149,8 @@ def test_op_equals_reference(case):
         q, k, v = qkv(rows, batch.num_tokens, heads, layer, dtype)
         got = CpuBackend().forward(1, q, k, v, batch, **options)
         reference = with_dtype(batch, exact_slab, exact)
-        want = ReferenceBackend().forward(1, q.float(), k.float(), v.float(), reference, **options)
+        exact_v = None if v is None else v.float()
+        want = ReferenceBackend().forward(1, q.float(), k.float(), exact_v, reference, **options)
         torch.testing.assert_close(got.float(), want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     used = {b for table in rows.tables.values() for b in table}
     free = [b for b in range(rows.num_blocks) if b not in used]
@@ -149,9 +161,9 @@ def test_op_equals_reference(case):
 
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_does_not_depend_on_its_batch_or_on_threads(dtype, biased):
+@pytest.mark.parametrize("layer", [LayerKV(2, 64, 64), LayerKV(1, 80, 64, v_in_k=True)], ids=["kv", "latent"])
+def test_a_row_does_not_depend_on_its_batch_or_on_threads(layer, dtype, biased):
     """Bit for bit: alone or with others, whole or in chunks of any size, one thread or two."""
-    layer = LayerKV(2, 64, 64)
     layout = KVLayout([layer], 16, dtype)
     rows = Rows(16, 200, 0)
     slab = layout.allocate(200, "cpu")
@@ -166,7 +178,8 @@ def test_a_row_does_not_depend_on_its_batch_or_on_threads(dtype, biased):
         parts = []
         for begin, end in ((0, 300), (300, 333), (333, 700)):
             batch = alone.step([(0, end - begin)], other, layout)
-            parts.append(backend.forward(0, q[begin:end], k[begin:end], v[begin:end], batch, **options))
+            own = (None if x is None else x[begin:end] for x in (q, k, v))
+            parts.append(backend.forward(0, *own, batch, **options))
         assert torch.equal(torch.cat(parts), together[:700])
         one = rows.step([(0, 1)], slab, layout), alone.step([(0, 1)], other, layout)
         q, k, v = qkv(rows, 1, 6, layer, dtype)
@@ -177,9 +190,9 @@ def test_a_row_does_not_depend_on_its_batch_or_on_threads(dtype, biased):
         torch.set_num_threads(1)
 
 
-def test_what_a_former_owner_left_does_not_leak():
+@pytest.mark.parametrize("layer", [LayerKV(1, 16, 24), LayerKV(1, 72, 64, v_in_k=True)], ids=["kv", "latent"])
+def test_what_a_former_owner_left_does_not_leak(layer):
     """A reused block holds NaN and infinities beyond the new sequence's end."""
-    layer = LayerKV(1, 16, 24)
     for dtype in (torch.float32, torch.bfloat16):
         layout = KVLayout([layer], 16, dtype)
         outputs = []
@@ -236,6 +249,9 @@ def test_wrong_arguments_are_named():
             forward(0, q, k, v, batch, scale=1.0, key_bias=bias)
     with pytest.raises(ValueError, match="softcap"):
         forward(0, q, k, v, batch, scale=1.0, softcap=2.0, key_bias=torch.zeros(2, 64))
+    inside = with_dtype(batch, slab, KVLayout([LayerKV(1, 16, 16, v_in_k=True)], 16, torch.float32))
+    with pytest.raises(ValueError, match="v: has 24 columns"):
+        forward(0, q, k, torch.zeros(20, 1, 24), inside, scale=1.0)
     assert not region(batch, 0, 1, 16).any(), "a refused call wrote into the slab"
 
 

@@ -18,6 +18,7 @@ from tiny_quantised import quantise
 
 from ds_serve import checking, demo
 from ds_serve.attention.builder import load_ops
+from ds_serve.attention.interface import UnsupportedModelError
 from ds_serve.cli import main
 from ds_serve.config import Settings
 from ds_serve.model.certificate import AS_IS, FUSED, Row
@@ -169,6 +170,15 @@ def test_a_hidden_state_that_changes_between_layers_is_found():
     assert not row.fails
     judge_total(row, found + 1, None, 2**-23, has_experts=True)
     assert row.fails == "total"
+
+
+def test_a_model_without_a_list_of_layers_is_refused(tmp_path, monkeypatch, capsys):
+    def none(module):
+        raise UnsupportedModelError("no list")
+
+    monkeypatch.setattr("ds_serve.worker.certify.stack_name", none)
+    assert main(["check", "demo", "--num-blocks", "64"]) == 2
+    assert "has no list of its decoder layers" in capsys.readouterr().err
 
 
 # -- the command -------------------------------------------------------------------------------

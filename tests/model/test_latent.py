@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import queue
 
 import pytest
@@ -45,21 +46,31 @@ CASES = {
     ),
     "axk1": ("axk1", MOE),
     "glm4_moe_lite": ("glm4_moe_lite", MOE),
+    "longcat_flash": (
+        "longcat_flash",
+        DENSE
+        | {
+            "num_layers": 2, "num_hidden_layers": 4, "head_dim": 8, "ffn_hidden_size": 96, "moe_topk": 2,
+            "expert_ffn_hidden_size": 48, "n_routed_experts": 8, "zero_expert_num": 2,
+        },
+    ),
     "minicpm3": ("minicpm3", DENSE),
     "youtu": ("youtu", DENSE),
 }  # fmt: skip
+PART = ["deepseek_v2", "deepseek_v2-whole-queries", "deepseek_v3-yarn", "longcat_flash", "minicpm3"]
+WANTED = list(CASES) if os.environ.get("DS_SERVE_TEST_ALL") == "1" else PART
 EXPANDED = KVLayout((LayerKV(8, 24, 12),) * 3, 16, torch.float32)
-DEFAULTS = {"num_blocks": 200, "attention": "reference"}
 PROMPTS = mixed_prompts(16)
 LENGTHS = [6 + (7 * index) % 15 for index in range(len(PROMPTS))]
 
 
-@pytest.fixture(scope="module", params=list(CASES))
+@pytest.fixture(scope="module", params=WANTED)
 def case(request, tmp_path_factory):
-    """(model directory, generate's tokens) of one architecture in fp32."""
+    """(model directory, generate's tokens, number of layers) of one architecture in fp32."""
     architecture, overrides = CASES[request.param]
     model = build(architecture, **overrides)
-    return save(model, tmp_path_factory.mktemp(request.param)), oracles(model, PROMPTS, LENGTHS)
+    folder = save(model, tmp_path_factory.mktemp(request.param))
+    return folder, oracles(model, PROMPTS, LENGTHS), model.config.num_hidden_layers
 
 
 @pytest.fixture
@@ -68,7 +79,7 @@ def start():
     engines = []
 
     def start_engine(folder, **settings):
-        engines.append(build_local_engine(Settings(model=folder, **(DEFAULTS | settings))))
+        engines.append(build_local_engine(Settings(model=folder, **({"num_blocks": 200} | settings))))
         return engines[-1]
 
     yield start_engine
@@ -86,22 +97,22 @@ def latent_bytes(layers: int = 3, block_size: int = 16, itemsize: int = 4) -> in
 
 
 def test_chunks_and_hits_give_generates_tokens(case, start):
-    folder, wanted = case
+    folder, wanted, layers = case
     engine = start(folder, max_num_batched_tokens=23)
     assert run_all(engine, PROMPTS, LENGTHS) == wanted
     before = engine.stats().cached_tokens
     assert run_all(engine, PROMPTS, LENGTHS) == wanted
     hit = sum((len(prompt) - 1) // 16 * 16 for prompt in PROMPTS)
     assert engine.stats().cached_tokens - before >= hit
-    assert engine.stats().bytes_per_block == latent_bytes()
+    assert engine.stats().bytes_per_block == latent_bytes(layers)
 
 
 def test_preempted_requests_give_generates_tokens(case, start):
-    folder, wanted = case
-    engine = start(folder, num_blocks=24, block_size=4, max_num_batched_tokens=48)
+    folder, wanted, layers = case
+    engine = start(folder, num_blocks=24, block_size=4, max_num_batched_tokens=48, attention="reference")
     assert run_all(engine, PROMPTS, LENGTHS) == wanted
     assert engine.stats().num_preemptions > 0
-    assert engine.stats().bytes_per_block == latent_bytes(block_size=4)
+    assert engine.stats().bytes_per_block == latent_bytes(layers, block_size=4)
 
 
 def test_evicted_latents_come_back_from_the_host(tmp_path, start):
@@ -115,8 +126,9 @@ def test_evicted_latents_come_back_from_the_host(tmp_path, start):
 
 def test_a_block_holds_a_tenth_of_the_keys_and_values(tmp_path):
     """As computed: 20 + 8 numbers a token and layer, for 8 heads of 16 + 8 + 12."""
-    found = load(Settings(model=save(build("deepseek_v3", **MOE), tmp_path), **DEFAULTS)).layout
+    found = load(Settings(model=save(build("deepseek_v3", **MOE), tmp_path))).layout
     assert found.layers == (LayerKV(1, 28, 20, v_in_k=True),) * 3
+    assert found.v_offset(1) == found.k_offset(1) > found.k_offset(0)
     assert found.bytes_per_block == latent_bytes()
     assert EXPANDED.bytes_per_block / found.bytes_per_block == pytest.approx(8 * 36 / 28)
 
@@ -144,6 +156,13 @@ def test_bf16_is_no_further_from_fp32_than_transformers(tmp_path, start):
 
 
 # -- where latents would not do ----------------------------------------------------------------
+
+
+def test_off_caches_keys_and_values(tmp_path, start):
+    model = build("deepseek_v3", **MOE)
+    engine = start(save(model, tmp_path), latent_cache="off")
+    assert engine.stats().bytes_per_block == EXPANDED.bytes_per_block
+    assert run_all(engine, PROMPTS, LENGTHS) == oracles(model, PROMPTS, LENGTHS)
 
 
 def test_a_model_that_changes_its_keys_afterwards_keeps_them(tmp_path, start, monkeypatch, caplog):
@@ -198,10 +217,13 @@ def test_layers_whose_projection_is_not_plain_or_no_larger_stay(change):
         attention.qk_rope_head_dim = 0
         linear.weight = nn.Parameter(linear.weight[:20])
         attention.v_head_dim = 4
+    before = model.model.layers[0].self_attn.kv_b_proj.weight
     assert use_latents(model) == 2
     assert attention.kv_b_proj is linear
     assert LatentProjection.of(attention) is None
+    other = model.model.layers[0].self_attn
     drop_latents(model)
+    assert torch.equal(other.kv_b_proj.weight, before)
     assert not any(isinstance(module, LatentProjection) for module in model.modules())
 
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_adapters import CASES, MORE, NAMES, Served, make
-from tiny_models import build, run_all, save
+from tiny_adapters import CASES, EVERYTHING, MORE, NAMES, Served, adapt, make
+from tiny_models import build, mixed_prompts, oracles, run_all, save
+from tiny_quantised import quantise
+from transformers import AutoModelForCausalLM
 
 from ds_serve.attention.builder import load_ops
 from ds_serve.config import Settings
@@ -106,6 +109,22 @@ def test_wrapped_layers_are_not_injected_and_the_report_says_why(tmp_path):
     report = load(Settings(model=folder, adapters={"de": str(tmp_path / "de")})).injection
     assert report.reasons == {"linear of class LinearWithAdapters": 1}
     assert report.injected == 4  # two layers, the last norm, the head
+
+
+@pytest.mark.parametrize(
+    ("kind", "package"), [("torchao-int8", "torchao"), ("bitsandbytes-nf4", "bitsandbytes")]
+)
+def test_adapters_of_a_quantised_model(kind, package, tmp_path, start):
+    pytest.importorskip(package)
+    folder = quantise(kind, tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = adapt(model, tmp_path / "de", 1, EVERYTHING | {"target_modules": ["q_proj", "o_proj", "up_proj"]})
+    prompts = mixed_prompts(6)
+    wanted = oracles(model, prompts, [6] * 6)
+    served = SimpleNamespace(settings={"model": folder, "adapters": {"de": str(tmp_path / "de")}})
+    engine = start(served)
+    assert run_all(engine, prompts, 6, ["de"] * 6) == wanted
+    assert run_all(engine, prompts, 6) != wanted
 
 
 # -- refusals ----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import safetensors
 import torch
+from architectures import tiny
 from test_attention_interface import ragged
 from tiny_models import VOCAB, build, save
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -16,7 +17,7 @@ from ds_serve.attention.context import use_batch
 from ds_serve.attention.interface import UnsupportedModelError
 from ds_serve.config import Settings
 from ds_serve.model.loader import LoadedModel, ModelLoadError, load
-from ds_serve.model.stage import cut_points
+from ds_serve.model.stage import cut_points, stack_name
 from ds_serve.parallel.grid import Grid
 from ds_serve.parallel.place import Place
 
@@ -222,6 +223,22 @@ def test_a_later_stage_asks_for_hidden_states(tmp_path):
     stage = load_stages(save(build("llama"), tmp_path), 2)[1].stage
     with pytest.raises(ValueError, match="hidden"):
         stage(torch.zeros(1, 2, dtype=torch.long), torch.arange(2), torch.arange(2), None)
+
+
+def test_a_model_that_gives_all_tokens_logits_is_asked_for_the_sampled_ones(tmp_path):
+    """Whisper's decoder ignores logits_to_keep."""
+    model = tiny("whisper")
+    loaded = load(Settings(model=save(model, tmp_path)))
+    ids = prompts()[0][None]
+    batch = ragged([(0, 37, [3, 5, 1])], loaded.layout, loaded.layout.allocate(8, "cpu"))
+    with torch.inference_mode(), use_batch(batch):
+        for sampled in (torch.tensor([4, 36]), torch.randperm(37)):
+            found = loaded.stage(ids, batch.positions, sampled, None)
+            torch.testing.assert_close(found, model(ids).logits[0, sampled], atol=1e-4, rtol=1e-4)
+
+
+def test_the_layers_are_the_decoders_not_a_towers_with_as_many():
+    assert stack_name(tiny("gemma3")) == "model.language_model.layers"
 
 
 @pytest.mark.skipif(

@@ -110,7 +110,7 @@ CASES = {
     "starcoder2": Case("starcoder2", {"sliding_window": 8}),
     **{name: Case(*of) for name, of in ADAPTED.items()},
     "bloom-odd": Case("bloom", ODD | OWN_KV),
-    "falcon_7b-odd": Case("falcon", FALCON_7B | ODD | OWN_KV),
+    "falcon_7b-odd": Case("falcon", FALCON_7B | {"num_attention_heads": 7, "hidden_size": 56, "bias": True}),
     "falcon_40b-odd": Case("falcon", FALCON_40B | ODD | OWN_KV | {"num_kv_heads": 3}),
     "falcon_40b-2kv": Case("falcon", FALCON_40B | {"num_kv_heads": 2, "bias": True}),
     "falcon_rw-odd": Case("falcon", ADAPTED["falcon_rw"][1] | ODD | OWN_KV),
@@ -139,6 +139,6 @@ FUSED = {
 }
 IN_FOUR = [
     "llama", "llama-tied", "llama-biases", "llama-1kv", "qwen3", "gemma2", "gpt2", "phi3", "olmo2", "mixtral",
-    "qwen3_moe", "deepseek_v3", "gpt_oss", "spoiled-order", "bloom-odd", "falcon_7b",
+    "qwen3_moe", "deepseek_v3", "gpt_oss", "spoiled-order", "bloom-odd", "falcon_7b-odd",
     "falcon_40b-2kv", "falcon_rw", "mpt-odd",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from launch import run_ranks
+from sharding_cases import MLA
 from transformers import AutoModelForCausalLM
 
 from ds_serve.demo import model_path
@@ -42,14 +43,15 @@ MODELS = {
         "qwen3_moe",
         LAYERS | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
     ),
+    "deepseek_v3": ("deepseek_v3", LAYERS | MLA),
 }
 LAUNCH_S = 900  # a grid with all its models
 GRIDS = [(1, 1), (2, 1), (4, 1), (1, 2), (1, 4), (2, 2)]
 PART = {
-    (1, 1): ["qwen3_moe"],  # test_engine_tokens.py has others
-    (2, 1): ["qwen3", "gpt2", "mixtral", "gemma2"],
+    (1, 1): [],  # test_engine_tokens.py and test_architectures.py have them
+    (2, 1): ["gpt2", "mixtral", "deepseek_v3", "gemma2"],
     (4, 1): ["llama"],
-    (1, 2): ["mistral", "gemma2"],
+    (1, 2): ["mistral", "gemma2", "deepseek_v3"],
     (1, 4): ["llama"],
     (2, 2): ["demo", "llama_tied"],
 }
@@ -167,6 +169,9 @@ def test_tokens_equal_generate(grid, name, models, records):
     assert record["hits"]["cached_tokens"] >= hit
     assert record["preempted"]["rounds"] == [wanted]
     assert record["preempted"]["preemptions"] > 0
+    if name == "deepseek_v3":  # each shard caches the latents, whole
+        latents = 4 * 16 * (MLA["kv_lora_rank"] + MLA["qk_rope_head_dim"]) * 4
+        assert record["hits"]["stats"][-1]["bytes_per_block"] == grid[0] * latents
     assert record["hits"]["blocks_lost"] == record["preempted"]["blocks_lost"] == 0
     if name in WINDOWS:
         assert record["windows"]["rounds"] == [wanted]
