@@ -15,6 +15,11 @@ __all__ = ["SamplingParams", "__version__", "pipeline"]
 
 # At its import DeepSpeed warns where the CPU is the only accelerator; ds_serve names its device itself.
 logging.getLogger("DeepSpeed").addFilter(lambda record: "unable to detect" not in record.getMessage())
+# transformers imports torchao where it is installed, which warns of what it lacks for CUDA and of old calls.
+logging.getLogger("torchao").setLevel(logging.ERROR)
+logging.getLogger("torch.utils._pytree").addFilter(
+    lambda record: "register_constant" not in record.getMessage()
+)
 
 
 def pipeline(task: str = "text-generation", model: Any = None, **arguments: Any) -> TextGenerationPipeline:

@@ -43,7 +43,6 @@ METHODS = {
     "bitsandbytes": Method("bitsandbytes", skips="llm_int8_skip_modules"),
     "compressed-tensors": Method("compressed-tensors"),
     "fp8": Method(dense=True),
-    "mxfp8": Method(dense=True),
     "mxfp4": Method(dense=True),
 }
 
@@ -71,6 +70,11 @@ def prepare(settings: Settings, config: PreTrainedConfig) -> None:
         raise ModelLoadError(
             f"{settings.model}: quantised by {name}, whose weights cannot be cut into tensor shards, but "
             f"tensor_parallel is {settings.tensor_parallel}; use tensor_parallel=1"
+        )
+    if not dense and settings.adapters:
+        raise ModelLoadError(
+            f"{settings.model}: quantised by {name}, whose linears take no adapter; serve it without "
+            "adapters, or a checkpoint that is not quantised with them"
         )
     if name == "bitsandbytes" and _threshold(how):
         logger.warning(

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.models.nanochat.modeling_nanochat import NanoChatRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from ds_serve.attention.interface import UnsupportedModelError
@@ -152,6 +153,11 @@ def prepare(layer: nn.Module, heads: Heads) -> None:
                 f"{name}: a norm follows each expert, whose outputs are sums over tensor shards; "
                 "use tensor_parallel=1"
             )
+        if _HEAD_NORMS.fullmatch(name) and _is_weightless(module) and type(module) is not NanoChatRMSNorm:
+            raise UnsupportedModelError(
+                f"{name}: {type(module).__name__} has no weight that tells whether it is over one head or "
+                "over all, which are on several tensor shards; use tensor_parallel=1"
+            )
         if getattr(module, "slow_but_exact", False) and module.pretraining_tp > 1:
             raise UnsupportedModelError(
                 f"{name}: slow_but_exact with pretraining_tp {module.pretraining_tp} (BLOOM) multiplies by "
@@ -214,7 +220,7 @@ def _repair_attention(attention: nn.Module, heads: Heads) -> None:
         attention.sinks = nn.Parameter(attention.sinks.detach()[own].clone(), requires_grad=False)
     if hasattr(attention, "split_size"):
         attention.split_size = (own.stop - own.start) * attention.head_dim
-    if type(attention).__name__ == "Phi3Attention":
+    if type(attention).__name__ in ("Phi3Attention", "Phi4MultimodalAttention"):
         counts = {"num_attention_heads": own.stop - own.start, "num_key_value_heads": kv.stop - kv.start}
         attention.config = _ConfigOfShard(attention.config, counts)
 
@@ -238,6 +244,8 @@ def _norm_of(name: str, norm: nn.Module, layer: nn.Module, heads: Heads) -> str 
 
     "whole": all heads share it. "rows": one for each head. "wide": one over all heads together.
     """
+    if _is_weightless(norm):  # NanoChat's, over one head: prepare() refuses others
+        return "whole"
     attention = layer.get_submodule(name.rpartition(".")[0])
     count = heads.query if name.rpartition(".")[2].startswith("q") else heads.kv // heads.kv_copies
     size, shape = getattr(attention, "head_dim", None), tuple(norm.weight.shape)
@@ -249,6 +257,10 @@ def _norm_of(name: str, norm: nn.Module, layer: nn.Module, heads: Heads) -> str 
         return "rows"
     wide = shape == (count * (size or 0),) and "RMSNorm" in type(norm).__name__
     return "wide" if wide and getattr(norm, "bias", None) is None and _is_plain_rms(norm) else None
+
+
+def _is_weightless(norm: nn.Module) -> bool:
+    return getattr(norm, "weight", None) is None
 
 
 def _is_plain_rms(norm: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from ds_serve.model.loader import ModelLoadError, load
 from ds_serve.parallel.place import Place
 from ds_serve.rank import build_local_engine
 
-NUM_REQUESTS = 24
+NUM_REQUESTS = 16
 LENGTHS = [4 + (7 * index) % 17 for index in range(NUM_REQUESTS)]
 BIASED = ["bloom", "falcon_rw", "mpt"]
 

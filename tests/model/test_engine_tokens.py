@@ -7,7 +7,7 @@ import queue
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, build, mixed_prompts, oracle, oracles, run_all, save
+from tiny_models import ADAPTED, ARCHITECTURES, build, mixed_prompts, oracle, oracles, run_all, save
 
 from ds_serve.config import Settings
 from ds_serve.messages import Request, SamplingParams
@@ -108,12 +108,13 @@ def test_seeded_sampling_does_not_depend_on_the_batch(tmp_path, start):
     assert run_all(crowded, prompts, 12, **params | {"seed": 8}) != wanted
 
 
-@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "bloom", "falcon_rw", "gptj", "mpt"])
 def test_bf16_is_no_further_from_fp32_than_transformers(architecture, tmp_path, start):
     """The stated bound of bf16: the engine's logprobs (injected layers too) lie at most 1.5 times as far from
     the fp32 model of the same weights as eager transformers' do, in the mean over the five likeliest tokens
     of 24 prompts, plus 0.01 nats."""
-    model = build(architecture, torch.bfloat16)
+    name, own = ADAPTED.get(architecture, (architecture, {}))
+    model = build(name, torch.bfloat16, **own)
     engine = start(save(model, tmp_path), max_num_batched_tokens=29)
     exact = copy.deepcopy(model).float()
     ours, theirs = [], []

@@ -15,11 +15,17 @@ from tiny_models import build, mixed_prompts, oracles, run_all, save
 from torch import nn
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
+from ds_serve.attention.backends import select_backend
+from ds_serve.attention.interface import UnsupportedModelError, install
 from ds_serve.attention.latent import LatentProjection, drop_latents, use_latents
 from ds_serve.attention.layout import KVLayout, LayerKV
+from ds_serve.attention.reference import ReferenceBackend
 from ds_serve.config import Settings
 from ds_serve.messages import Request, SamplingParams
-from ds_serve.model.loader import load
+from ds_serve.model.loader import _proven_layout, load
+from ds_serve.model.parity import plain_output
+from ds_serve.model.stage import Stage
+from ds_serve.parallel.place import Place
 from ds_serve.rank import build_local_engine
 
 SIZES = {"kv_lora_rank": 20, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12}
@@ -184,9 +190,6 @@ def test_a_model_that_changes_its_keys_afterwards_keeps_them(tmp_path, start, mo
 
 
 def test_a_model_wrong_in_both_ways_is_refused(tmp_path, monkeypatch):
-    from ds_serve.attention.interface import UnsupportedModelError
-    from ds_serve.attention.reference import ReferenceBackend
-
     right = ReferenceBackend.forward
 
     def wrong(self, *args, scale, **kwargs):
@@ -196,6 +199,32 @@ def test_a_model_wrong_in_both_ways_is_refused(tmp_path, monkeypatch):
     folder = save(build("deepseek_v3", **MOE), tmp_path)
     with pytest.raises(UnsupportedModelError, match="differ"):
         load(Settings(model=folder, attention="reference"))
+
+
+class OtherShardFails:
+    """A grid of two shards, seen from the first: paged attention went wrong on the second."""
+
+    place = Place(0, 2, 1)
+
+    def all_reduce(self, signs: torch.Tensor) -> torch.Tensor:
+        num_latent, problem = signs.tolist()
+        return torch.tensor([2 * num_latent, problem + 1])
+
+
+@pytest.mark.parametrize("latent_cache", ["auto", "off"])
+def test_what_goes_wrong_on_another_shard_is_settled_on_this_one_too(latent_cache, caplog):
+    stage = Stage(build("minicpm3", **DENSE), Place(), range(3))
+    plain, backend = plain_output(stage, torch.device("cpu")), select_backend("cpu", torch.float32, 16)
+    install(stage.module, backend)
+    settings = Settings(model="none", latent_cache=latent_cache)
+    if latent_cache == "off":
+        with pytest.raises(UnsupportedModelError, match="another tensor shard"):
+            _proven_layout(stage, plain, settings, backend, OtherShardFails())
+        return
+    with caplog.at_level(logging.WARNING, "ds_serve"):
+        found = _proven_layout(stage, plain, settings, backend, OtherShardFails())
+    assert found.layers == EXPANDED.layers
+    assert "another tensor shard cannot use latents" in caplog.text
 
 
 class Wrapped(nn.Linear):

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from ds_serve.config import Settings
 from ds_serve.model.errors import ModelLoadError
 from ds_serve.model.loader import load, read_config
+from ds_serve.model.quantised import name_skipped
 from ds_serve.rank import build_local_engine
 
 PROMPTS = mixed_prompts(8, longest=40)
@@ -77,6 +78,7 @@ REFUSED = [
         {"tensor_parallel": 2},
         "bitsandbytes, whose weights cannot be cut into tensor shards.*tensor_parallel is 2",
     ),
+    ({"quant_method": "torchao"}, {"adapters": "a=/a"}, "torchao, whose linears take no adapter"),
     (
         {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}},
         {"tensor_parallel": 2},
@@ -120,6 +122,14 @@ def test_what_cannot_be_served_is_refused_before_weights_are_read(
     monkeypatch.setattr("ds_serve.model.quantised._check_package", lambda *_: None)
     with pytest.raises(ModelLoadError, match=words):
         read_config(Settings(model=folder, **settings))
+
+
+def test_a_stage_is_told_what_the_whole_model_kept(tmp_path):
+    """Left to itself, transformers takes a stage's last linear for the head, which is not quantised."""
+    whole = build("gpt2")
+    whole.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    name_skipped(whole.config, whole)
+    assert {"lm_head", "transformer.wte"} <= set(whole.config.quantization_config["llm_int8_skip_modules"])
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):

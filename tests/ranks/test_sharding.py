@@ -115,6 +115,11 @@ def add_wide_layer_norm(layer):
     return "self_attn.q_norm.weight"
 
 
+def add_norm_without_weight(layer):
+    layer.self_attn.q_norm = nn.RMSNorm(64, elementwise_affine=False)
+    return "self_attn.q_norm.*no weight"
+
+
 def quantize(layer):
     layer.mlp.down_proj = Quantized(96, 64, bias=False)
     return "mlp.down_proj.*Quantized"
@@ -129,7 +134,7 @@ def use_other_heads(layer):
     "change",
     [
         add_unknown_linear, add_gate_of_heads, add_unknown_parameter, add_norm_of_inner, add_norm_before_sum,
-        add_wide_layer_norm, quantize, use_other_heads,
+        add_wide_layer_norm, add_norm_without_weight, quantize, use_other_heads,
     ],
 )  # fmt: skip
 def test_unknown_weight_is_refused_by_name(change):
