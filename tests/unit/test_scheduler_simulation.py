@@ -4,7 +4,7 @@ tiers, numbers of stages and ranks, failing copies, and moments at which results
 from __future__ import annotations
 
 from collections import Counter, deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 from math import inf
 from random import Random
@@ -40,13 +40,13 @@ class Workload:
     limits: Limits
     requests: list[Request]
     arrivals: list[int]
-    aborts: dict[int, int]
-    unpins: dict[int, str]
-    spoiler: int
-    moments: list[tuple[int, int]]
-    luck: int
-    failure_rate: float
-    pace: float
+    aborts: dict[int, int] = field(default_factory=dict)
+    unpins: dict[int, str] = field(default_factory=dict)
+    spoiler: int = 0
+    moments: list[tuple[int, int]] = field(default_factory=lambda: [(9, 1)])
+    luck: int = 0
+    failure_rate: float = 0.0
+    pace: float = 1.0
     num_host_blocks: int = 0
     store_zone: int = 0
     max_pinned_blocks: int = 0
@@ -294,20 +294,7 @@ def test_with_windows_too_prompts_are_computed_beside_each_other_only_where_both
         max_scored_tokens=2,
         max_steps_in_flight=steps_in_flight,
     )
-    load = Workload(
-        num_blocks,
-        limits,
-        [slow, fast],
-        arrivals=[2],
-        aborts={},
-        unpins={},
-        spoiler=0,
-        moments=[(9, 1)],
-        luck=0,
-        failure_rate=0.0,
-        pace=1.0,
-        windows=(0, 6),
-    )
+    load = Workload(num_blocks, limits, [slow, fast], arrivals=[2], windows=(0, 6))
     simulation = check_everything(load)
     assert simulation.scheduler.stats().num_preemptions == 0
     (_, began, _), (_, _, ended) = (simulation.outputs[name][-1].times for name in ("fast", "slow"))
