@@ -17,8 +17,8 @@ class Row(msgspec.Struct, kw_only=True):
 
     local          error where the original gets the served input, and local_bound what it may be, of the
                    token that comes nearest to its bound or exceeds it most; shares of what the part adds
-    over           tokens above their bound, of which over_allowed may be (a token on the border between two
-                   experts may take another one)
+    over           tokens above their bound, and over_allowed how many may be: one on the border between two
+                   experts may take another
     total          error of all the parts so far, and total_bound; shares of the hidden state
     done           FUSED, or why the module runs as transformers wrote it
     """

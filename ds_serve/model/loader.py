@@ -148,7 +148,11 @@ def skeleton(settings: Settings, config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def read_weights(settings: Settings, config: PreTrainedConfig, model_class: type) -> PreTrainedModel:
-    """transformers builds model_class on meta and fills each of its parameters by one read of its tensor."""
+    """transformers builds model_class on meta and fills each of its parameters by one read of its tensor.
+
+    Tensors are views of the files, unless dtype is not the file's or they become dense: then each tensor
+    shard holds the whole converted model until it is cut (measured at tp=2: 1.9 times the shard at the peak).
+    """
     dtype = "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)
     with _quiet_transformers(), explained(settings, config), alone(config):
         try:

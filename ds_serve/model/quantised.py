@@ -71,11 +71,6 @@ def prepare(settings: Settings, config: PreTrainedConfig) -> None:
             f"{settings.model}: quantised by {name}, whose weights cannot be cut into tensor shards, but "
             f"tensor_parallel is {settings.tensor_parallel}; use tensor_parallel=1"
         )
-    if not dense and settings.adapters:
-        raise ModelLoadError(
-            f"{settings.model}: quantised by {name}, whose linears take no adapter; serve it without "
-            "adapters, or a checkpoint that is not quantised with them"
-        )
     if name == "bitsandbytes" and _threshold(how):
         logger.warning(
             "%s: bitsandbytes keeps columns in which a token of the step is above llm_int8_threshold (%g) in "

@@ -93,11 +93,11 @@ class Heads:
     @contextlib.contextmanager
     def in_config(self) -> Iterator[None]:
         """While AutoTP reads the number of key-value heads from the configuration, copies are counted."""
-        name = next((name for name in KV_FIELDS if hasattr(self.config, name)), None)
-        saved = getattr(self.config, name or "", None)
-        if saved is None or saved == self.kv:
+        name = next((name for name in KV_FIELDS if getattr(self.config, name, None) is not None), None)
+        if name is None or self.kv_copies == 1:
             yield
             return
+        saved = getattr(self.config, name)
         setattr(self.config, name, self.kv)
         try:
             yield

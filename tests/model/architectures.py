@@ -225,6 +225,7 @@ TOO_WHOLE_FOR_STAGES = {
     "gemma4_text": "per_layer_model_projection",
     "longcat_flash": "no list of 4 decoder layers",
     "modernbert-decoder": "no list of 4 decoder layers",
+    "phi4_multimodal": "embed_tokens_extend",
 }
 
 LINEAR = {

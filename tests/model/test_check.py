@@ -157,6 +157,9 @@ def test_bounds_are_the_yardsticks_and_count_tokens():
     found[:4] = math.nan
     judge_local(row, found, yardstick, eps, has_experts=True)
     assert row.over == 4 and row.fails == "local"
+    yardstick[10] = 0.9  # another token that takes another expert in the served dtype
+    judge_local(row, found, yardstick, eps, has_experts=True)
+    assert row.over == row.over_allowed == 4 and not row.fails
 
 
 def test_a_hidden_state_that_changes_between_layers_is_found():

@@ -78,7 +78,6 @@ REFUSED = [
         {"tensor_parallel": 2},
         "bitsandbytes, whose weights cannot be cut into tensor shards.*tensor_parallel is 2",
     ),
-    ({"quant_method": "torchao"}, {"adapters": "a=/a"}, "torchao, whose linears take no adapter"),
     (
         {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}},
         {"tensor_parallel": 2},
