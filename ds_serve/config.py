@@ -120,6 +120,9 @@ class Settings(BaseSettings):
     kv_cache_memory: Bytes | None = Field(
         None, ge=1, description="bytes for KV blocks (8GiB); default: 30%% of free memory, at most 4 GiB"
     )
+    window_blocks: Literal["auto", "off"] = Field(
+        "auto", description="auto: KV blocks that left a layer's sliding window are free for others"
+    )
     prefix_caching: bool = Field(True, description="find prefixes of earlier requests in the cache")
 
     host_cache: Bytes = Field(
@@ -254,6 +257,16 @@ class Settings(BaseSettings):
     def world_size(self) -> int:
         """Ranks: tensor_parallel x pipeline_parallel."""
         return self.tensor_parallel * self.pipeline_parallel
+
+    @property
+    def max_steps_in_flight(self) -> int:
+        """Steps planned ahead: as set, or enough to keep every stage at work."""
+        return self.steps_in_flight or max(2, self.pipeline_parallel)
+
+    @property
+    def tokens_in_flight(self) -> int:
+        """Tokens that all steps in flight may compute together."""
+        return self.max_steps_in_flight * self.max_num_batched_tokens
 
     @property
     def open_requests_limit(self) -> int:

@@ -226,7 +226,10 @@ class Stats(_Message, tag="stats"):
 
 
 class EngineInfo(_Message, tag="info"):
-    """What the front must know of the engine; the first message an engine process sends."""
+    """What the front must know of the engine; the first message an engine process sends.
+
+    windows: of each group of layers, how many tokens back they see (0: all). A block holds one group's KV.
+    """
 
     model: str
     max_model_len: int
@@ -242,6 +245,7 @@ class EngineInfo(_Message, tag="info"):
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     adapters: tuple[str, ...] = ()
+    windows: tuple[int, ...] = (0,)
 
 
 class EngineFailure(_Message, tag="failure"):
@@ -254,6 +258,8 @@ FrontMessage = Request | Abort | Unpin | StatsQuery | Shutdown
 EngineMessage = Output | Stats | EngineInfo | EngineFailure
 
 # -- engine -> workers -------------------------------------------------------------------------
+
+NO_BLOCK = -1
 
 
 class NewSequence(_Message):
@@ -273,10 +279,11 @@ class Row(_Message):
     """One sequence's part in a step: positions [start, start + count) of the slot's tokens.
 
     Workers keep each slot's tokens (a sampled token is appended by the worker itself) and block
-    table (new_block_ids is appended). A row with sample=True ends at the sequence's last token.
-    In a pipeline only the last stage draws tokens, and it hands none of them back: token_ids brings
-    the row's last tokens, those that were drawn since the slot was taken. Of a scored row the
-    log-probabilities of the prompt tokens that follow its positions are asked for.
+    table: new_block_ids is appended, for each block_size tokens an entry for each group of layers. It is
+    NO_BLOCK where the group's layers see those tokens no more. A row with sample=True ends at the
+    sequence's last token. In a pipeline only the last stage draws tokens, and it hands none of them
+    back: token_ids brings the row's last tokens, those that were drawn since the slot was taken. Of a
+    scored row the log-probabilities of the prompt tokens that follow its positions are asked for.
     """
 
     slot: int

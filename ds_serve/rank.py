@@ -82,14 +82,13 @@ def _build(settings: Settings, refuse: bool = True) -> tuple[Scheduler, LocalRan
                 f"{settings.name} is not what transformers computes: {certificate.first_failure}"
             )
     info = rank.worker.info(settings)
-    stages = settings.pipeline_parallel
     limits = Limits(
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_model_len=info.max_model_len,
         max_queue=settings.max_queue,
-        max_steps_in_flight=settings.steps_in_flight or (2 if stages == 1 else stages),
-        num_stages=stages,
+        max_steps_in_flight=settings.max_steps_in_flight,
+        num_stages=settings.pipeline_parallel,
         num_ranks=settings.world_size,
         vocab_size=info.vocab_size,
         copy_s_per_block=info.copy_s_per_block,
@@ -113,6 +112,8 @@ def _cache(settings: Settings, info: EngineInfo) -> CacheManager:
         num_host_blocks=info.num_host_blocks,
         store_zone=min(zone, info.num_blocks // 4),
         max_pinned_blocks=int(settings.max_pinned_share * info.num_blocks),
+        windows=info.windows,
+        tokens_ahead=settings.tokens_in_flight,
     )
 
 

@@ -38,7 +38,8 @@ class AttentionBatch:
     slot_mapping  int64[T]    block * block_size + offset of each of the step's tokens
     query_start   int32[R+1]  row r's tokens are query_start[r] .. query_start[r+1]-1
     context_len   int32[R]    row r's length after this step; its tokens are the last of them
-    block_tables  int32[R, B] block ids in order, padded with 0
+    block_tables  int32[R, B] block ids in order, padded with 0; any id where nobody sees the tokens any more
+    more_groups   slot_mapping and block_tables of groups 1, 2, ..: those above are group 0's (see tables)
     positions     int64[T]    position of each token in its sequence
     max_query_len, num_tokens plain ints, so that nobody needs to ask the device
     sampled       int64[S] or None  the tokens whose logits are wanted (None: all); a last layer may leave
@@ -59,6 +60,12 @@ class AttentionBatch:
     sampled: torch.Tensor | None = None
     adapters: AdapterRows | None = None
     num_calls: int = 0
+    more_groups: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
+
+    def tables(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """slot_mapping and block_tables of a layer's group; layer counts from 0 within the layout."""
+        group = self.layout.groups[layer]
+        return self.more_groups[group - 1] if group else (self.slot_mapping, self.block_tables)
 
 
 current_batch: ContextVar[AttentionBatch | None] = ContextVar("ds_serve_attention_batch", default=None)

@@ -51,6 +51,7 @@ class CpuBackend:
         key_bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         layout = batch.layout
+        slot_mapping, block_tables = batch.tables(layer)
         return torch.ops.ds_serve.paged_attention(
             q,
             k,
@@ -59,10 +60,10 @@ class CpuBackend:
             layout.k_offset(layer),
             layout.v_offset(layer),
             layout.block_size,
-            batch.slot_mapping,
+            slot_mapping,
             batch.query_start,
             batch.context_len,
-            batch.block_tables,
+            block_tables,
             scale,
             window or 0,
             chunk or 0,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -124,7 +124,9 @@ def paged_attention(
         query, key = latent.absorb(query, key)
     recorder = _recorder.get()
     if recorder is not None:
+        local = [size for size in _locality(module, attention_mask, sliding_window) if size]
         shape = LayerKV(key.shape[1], key.shape[3], value.shape[3]) if latent is None else latent.shape
+        shape = replace(shape, reach=min(local, default=0))
         recorder.calls.append((module.layer_idx, shape))
     if recorder is not None or key.shape[1] == 0:
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None

@@ -24,12 +24,14 @@ class LayerKV:
     """One layer's KV shape on this rank. num_kv_heads may be 0 (a tensor rank without a KV head).
 
     v_in_k: the values are the first v_dim columns of the keys, and have no place of their own.
+    reach: a query at position i sees keys j > i - reach at most (a window's or a chunk's size); 0: all.
     """
 
     num_kv_heads: int
     k_dim: int
     v_dim: int
     v_in_k: bool = False
+    reach: int = 0
 
     def __post_init__(self) -> None:
         if self.num_kv_heads < 0 or self.k_dim < 1 or self.v_dim < 1:
@@ -43,16 +45,21 @@ class KVLayout:
     """Regions of one block's row. Offsets and sizes are in elements of dtype.
 
     layers are this stage's, in order; first_layer is the model-wide index (layer_idx) of layers[0].
-    Each K and V region is padded to a multiple of 64 bytes.
+    groups: the group of each of them (all in group 0 by default). A block holds one group's layers, and its
+    row is as long as the largest group's. Each K and V region is padded to a multiple of 64 bytes.
     """
 
     layers: tuple[LayerKV, ...]
     block_size: int = 16
     dtype: torch.dtype = torch.bfloat16
     first_layer: int = 0
+    groups: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "groups", tuple(self.groups) or (0,) * len(self.layers))
+        if len(self.groups) != len(self.layers):
+            raise ValueError(f"groups: one for each of {len(self.layers)} layers, got {len(self.groups)}")
         if self.block_size < 1:
             raise ValueError(f"block_size: must be at least 1, got {self.block_size}")
         if self.first_layer < 0:
@@ -62,12 +69,13 @@ class KVLayout:
     def _offsets(self) -> list[int]:
         """Start of K0, V0, K1, V1, ... and, last, the row's length."""
         align = max(1, ALIGN_BYTES // self.dtype.itemsize)
-        offsets = [0]
-        for layer in self.layers:
+        offsets, ends = [], [0] * (1 + max(self.groups, default=0))
+        for layer, group in zip(self.layers, self.groups, strict=True):
             for dim in (layer.k_dim, 0 if layer.v_in_k else layer.v_dim):
                 elems = self.block_size * layer.num_kv_heads * dim
-                offsets.append(offsets[-1] + -(-elems // align) * align)
-        return offsets
+                offsets.append(ends[group])
+                ends[group] += -(-elems // align) * align
+        return [*offsets, max(ends)]
 
     def k_offset(self, layer: int) -> int:
         """First element of the layer's K region; layer counts from 0 within this layout."""

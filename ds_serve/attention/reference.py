@@ -19,6 +19,12 @@ def region(batch: AttentionBatch, offset: int, heads: int, dim: int) -> torch.Te
     return flat.unflatten(1, (size, heads, dim))
 
 
+def first_visible(position: int, window: int | None, chunk: int | None) -> int:
+    """The first position that a query at this one sees."""
+    low = 0 if window is None else max(0, position - window + 1)
+    return low if chunk is None else max(low, position // chunk * chunk)
+
+
 def visible(
     query_len: int, context_len: int, window: int | None, chunk: int | None, device: torch.device
 ) -> torch.Tensor:
@@ -62,7 +68,8 @@ class ReferenceBackend:
         values = keys[..., :v_dim]
         if v is not None:
             values = region(batch, layout.v_offset(layer), k.shape[1], v_dim)
-        block, offset = batch.slot_mapping // layout.block_size, batch.slot_mapping % layout.block_size
+        slot_mapping, block_tables = batch.tables(layer)
+        block, offset = slot_mapping // layout.block_size, slot_mapping % layout.block_size
         keys[block, offset] = k.to(keys.dtype)
         if v is not None:
             values[block, offset] = v.to(values.dtype)
@@ -72,17 +79,20 @@ class ReferenceBackend:
             first, last = starts[row], starts[row + 1]
             if first == last:
                 continue
-            table = batch.block_tables[row, : -(-length // layout.block_size)].long()
-            mask = visible(last - first, length, window, chunk, q.device)
+            # From the first block on that a query sees: what is before may be gone.
+            hidden = first_visible(length - (last - first), window, chunk) // layout.block_size
+            table = block_tables[row, hidden : -(-length // layout.block_size)].long()
+            hidden *= layout.block_size
+            mask = visible(last - first, length, window, chunk, q.device)[:, hidden:]
             out[first:last] = attend(
                 q[first:last],
-                keys[table].flatten(0, 1)[:length].to(q.dtype),
-                values[table].flatten(0, 1)[:length].to(q.dtype),
+                keys[table].flatten(0, 1)[: length - hidden].to(q.dtype),
+                values[table].flatten(0, 1)[: length - hidden].to(q.dtype),
                 mask,
                 scale,
                 softcap,
                 sinks,
-                None if key_bias is None else key_bias[:, :length],
+                None if key_bias is None else key_bias[:, hidden:length],
             )
         return out
 

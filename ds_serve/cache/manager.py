@@ -9,74 +9,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Literal
 
 from ds_serve.cache.hashing import block_key, root_key
 from ds_serve.cache.host import HostBook, State, Twin
 from ds_serve.cache.pins import PinBook
 from ds_serve.cache.pool import BlockPool, OutOfBlocks
-
-
-class BlockTable:
-    """One sequence's blocks, in order, and the keys of its full blocks as far as they were asked for.
-
-    loads are the copies (host block, device block) that its prefix still waits for. Only ever grows at the
-    end, until it is freed as a whole; but a failed load takes blocks out of it (see CacheManager.loaded).
-    """
-
-    __slots__ = ("block_ids", "keys", "loads", "num_committed", "root")
-
-    def __init__(self, root: bytes) -> None:
-        self.root = root
-        self.block_ids: list[int] = []
-        self.keys: list[bytes] = []
-        self.loads: list[tuple[int, int]] = []
-        self.num_committed = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """The longest prefix found over both tiers, in block order: what the table has, then device, then beyond.
-
-    device: blocks of the leading part that lies on the device. beyond: what continues it, from its first host
-    block on, whatever tier each block lies in. waits: the key that would come next is being loaded for
-    another sequence right now.
-    """
-
-    device: list[int] = field(default_factory=list)
-    beyond: list[tuple[Literal["device", "host"], int]] = field(default_factory=list)
-    waits: bool = False
-
-    @property
-    def host(self) -> list[int]:
-        """The host blocks: what would have to be loaded."""
-        return [block for tier, block in self.beyond if tier == "host"]
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks of the match, without those that the table has already."""
-        return len(self.device) + len(self.beyond)
-
-    def first(self, num_loads: int) -> Match:
-        """The part of it that needs no more than num_loads loads."""
-        beyond, left = [], num_loads
-        for tier, block in self.beyond:
-            left -= tier == "host"
-            if left < 0:
-                return Match(self.device, beyond)
-            beyond.append((tier, block))
-        return self
-
-    def taken(self, load: bool) -> list[int]:
-        """The device blocks that take_prefix() would take over; all others are allocated."""
-        later = [block for tier, block in self.beyond if tier == "device"] if load else []
-        return self.device + later
+from ds_serve.cache.prefix import longest_seen
+from ds_serve.cache.table import BlockTable, Match
+from ds_serve.messages import NO_BLOCK
+from ds_serve.windows import Windows
 
 
 class CacheManager:
     """Block accounts of both tiers for all sequences of one engine.
 
+    windows            the reach of each group of layers (0: all), whose blocks are given back when they leave
+                       it; only without a host tier. tokens_ahead: see Windows
     num_host_blocks    0: no host tier. A host block's id means the same on every rank
     store_zone         so many of the blocks that are given out next are kept in the host too (write-behind)
     max_pinned_blocks  distinct device blocks that all pins together may hold
@@ -92,8 +41,13 @@ class CacheManager:
         num_host_blocks: int = 0,
         store_zone: int = 0,
         max_pinned_blocks: int = 0,
+        windows: Sequence[int] = (0,),
+        tokens_ahead: int = 0,
     ) -> None:
         self.block_size = block_size
+        self.windows = Windows(tuple(windows), block_size, tokens_ahead)
+        if self.windows.slide and num_host_blocks:
+            raise ValueError(f"windows {list(windows)}: a host tier keeps whole prefixes only")
         self.pool = BlockPool(num_blocks, self._evicted)
         self.host = HostBook(num_host_blocks if prefix_caching else 0)
         self.pins = PinBook(self.pool, max_pinned_blocks)
@@ -138,7 +92,7 @@ class CacheManager:
 
     def new_table(self, salt: str = "", adapter: str = "") -> BlockTable:
         """An empty table; only tables of equal salt and adapter can share blocks."""
-        return BlockTable(root_key(self._identity, salt, adapter))
+        return BlockTable(root_key(self._identity, salt, adapter), self.windows.num_groups)
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold num_tokens tokens."""
@@ -156,8 +110,14 @@ class CacheManager:
         device: list[int] = []
         beyond: list[tuple[Literal["device", "host"], int]] = []
         limit = (len(token_ids) - 1) // self.block_size if self.prefix_caching else 0
-        if len(table.block_ids) > table.num_committed:
+        if table.length > table.num_committed:
             limit = 0
+        if self.windows.slide:
+            return longest_seen(
+                self.windows,
+                0 if table.length else limit,
+                lambda index, group: self.pool.find(self._key(table, token_ids, index, group)),
+            )
         for index in range(table.num_committed, limit):
             key = self._key(table, token_ids, index)
             block = self.pool.find(key)
@@ -173,6 +133,11 @@ class CacheManager:
             beyond.append(("host", entry.block))
         return Match(device, beyond)
 
+    def needed(self, num_tokens: int, match: Match, load: bool = False) -> int:
+        """Blocks that a sequence with this match will lack at most on its way to num_tokens tokens."""
+        firsts = self.windows.firsts_seen(match.on_device * self.block_size)
+        return self.windows.most_blocks(num_tokens, firsts) - len(match.taken(load))
+
     def free_after(self, match: Match, load: bool = False) -> int:
         """Free device blocks that would be left if match.taken(load) were taken."""
         return self.pool.num_free - sum(self.pool.is_free(block) for block in match.taken(load))
@@ -187,7 +152,7 @@ class CacheManager:
         when it has come: else blocks are evicted for it that the host does not have yet. Raises OutOfBlocks,
         changing nothing.
         """
-        if len(table.block_ids) > table.num_committed:
+        if table.length > table.num_committed:
             raise ValueError("a prefix can only be taken into a table that holds nothing else")
         wanted, left = len(match.host) if load else 0, self.free_after(match, load)
         if wanted > left:
@@ -197,14 +162,16 @@ class CacheManager:
         for block in taken:
             self._settle(self.pool.key(block))
         table.block_ids += match.device
-        table.num_committed += len(match.device)
+        table.num_committed += match.on_device
+        if match.device:
+            table.firsts = self.windows.firsts_seen(match.on_device * self.block_size)
         if load:
             for host in match.host:
                 self.host.begin_load(host)
             table.loads = list(zip(match.host, self.pool.allocate(wanted), strict=True))
             targets = dict(table.loads)
             table.block_ids += [targets[block] if tier == "host" else block for tier, block in match.beyond]
-        return len(table.block_ids) * self.block_size, list(table.loads)
+        return table.length * self.block_size, list(table.loads)
 
     def load_room(self, match: Match) -> int:
         """Device blocks that a match's loads can take now at the cost of nothing that the host lacks.
@@ -251,8 +218,15 @@ class CacheManager:
     # -- a table ---------------------------------------------------------------------------------
 
     def missing(self, table: BlockTable, num_tokens: int) -> int:
-        """Blocks that the table lacks to hold num_tokens tokens."""
-        return max(0, self.blocks_for(num_tokens) - len(table.block_ids))
+        """Blocks that the table lacks to hold num_tokens tokens, beside what it holds now."""
+        return table.num_groups * max(0, self.blocks_for(num_tokens) - table.length)
+
+    def lacking(self, table: BlockTable, num_tokens: int) -> int:
+        """Blocks that the table will lack at most on its way to num_tokens tokens."""
+        if not self.windows.slide:
+            return self.missing(table, num_tokens)
+        held = sum(table.length - first for first in table.firsts)
+        return max(0, self.windows.most_blocks(num_tokens, table.firsts) - held)
 
     def grow(self, table: BlockTable, num_tokens: int) -> list[int]:
         """New blocks so that the table holds num_tokens tokens. Raises OutOfBlocks, changing nothing."""
@@ -265,10 +239,30 @@ class CacheManager:
         if not self.prefix_caching:
             return
         for index in range(table.num_committed, num_computed // self.block_size):
-            key = self._key(table, token_ids, index)
-            self.pool.commit(table.block_ids[index], key, index, self._uses(key))
-            self._settle(key)
+            for group in range(table.num_groups):
+                key = self._key(table, token_ids, index, group)
+                block = table.block_ids[index * table.num_groups + group]
+                self.pool.commit(block, key, index, self._uses(key))
+                self._settle(key)
             table.num_committed = index + 1
+
+    def slide(self, table: BlockTable, num_computed: int) -> None:
+        """Give back what nobody sees any more once num_computed tokens are confirmed; it stays in the cache.
+
+        Steps in flight read tokens that queries from num_computed on see, so theirs are not among them.
+        """
+        if not self.windows.slide:
+            return
+        left: list[int] = []
+        kept = self.windows.firsts_kept(num_computed)
+        for group, first in enumerate(table.firsts):
+            for index in range(first, kept[group]):
+                place = index * table.num_groups + group
+                left.append(table.block_ids[place])
+                table.block_ids[place] = NO_BLOCK
+            table.firsts[group] = max(first, kept[group])
+        if left:
+            self.pool.release(left)
 
     def free(self, table: BlockTable) -> None:
         """Give every block back; the keys of known tokens stay for a later match.
@@ -277,9 +271,8 @@ class CacheManager:
         """
         if table.loads:
             raise ValueError(f"{len(table.loads)} loads into this table are under way: they must land first")
-        self.pool.release(table.block_ids)
-        table.block_ids = []
-        table.num_committed = 0
+        self.pool.release(table.blocks)
+        table.clear()
 
     # -- write-behind ----------------------------------------------------------------------------
 
@@ -318,15 +311,22 @@ class CacheManager:
     # -- pins ------------------------------------------------------------------------------------
 
     def pin(self, name: str, table: BlockTable, num_tokens: int, until: float, must: bool) -> str | None:
-        """Keep the table's committed full blocks of the first num_tokens on the device until then.
+        """Keep what the table has of its first num_tokens, in full and committed blocks, until then.
 
         They replace what the name pinned before. None, or, only for must, why it cannot be: it names the
         blocks wanted and the bound. A hint that does not fit is dropped in silence. A pin holds until
         expire() is called with a time at or past its end.
         """
-        num_blocks = min(num_tokens // self.block_size, table.num_committed)
-        problem = self.pins.pin(name, table.block_ids[:num_blocks], until, must)
+        length = min(num_tokens // self.block_size, table.num_committed)
+        entries = table.block_ids[: length * table.num_groups]
+        blocks = [block for block in entries if block != NO_BLOCK]
+        problem = self.pins.pin(name, blocks, until, must)
         return problem if must else None
+
+    def pin_size(self, num_tokens: int) -> int:
+        """Blocks that a prompt's pin holds, once its num_tokens tokens are computed."""
+        length = num_tokens // self.block_size
+        return sum(max(0, length - first) for first in self.windows.firsts_kept(num_tokens))
 
     def unpin(self, name: str) -> None:
         """Release what a name pinned; unknown names are fine."""
@@ -342,7 +342,11 @@ class CacheManager:
         """Raise AssertionError unless both books are whole and exactly these tables, the pins and the stores
         under way use device blocks, and exactly these tables' loads read host blocks."""
         tables = list(tables)
-        users = Counter(block for table in tables for block in table.block_ids)
+        users = Counter(block for table in tables for block in table.blocks)
+        for table in tables:
+            for place, block in enumerate(table.block_ids):
+                index, group = divmod(place, table.num_groups)
+                assert (block == NO_BLOCK) == (index < table.firsts[group]), f"{block} at {index}, {group}"
         users.update(self._stores.values())
         users.update(self.pins.users())
         self.pool.check_integrity(dict(users))
@@ -373,9 +377,10 @@ class CacheManager:
             return self.pool.uses(block) + 1
         return 0 if entry is None else entry.uses + 1
 
-    def _key(self, table: BlockTable, token_ids: Sequence[int], index: int) -> bytes:
+    def _key(self, table: BlockTable, token_ids: Sequence[int], index: int, group: int = 0) -> bytes:
+        """Key of a full index's tokens, and all before them; a group after the first adds its number."""
         while len(table.keys) <= index:
             start = len(table.keys) * self.block_size
             parent = table.keys[-1] if table.keys else table.root
             table.keys.append(block_key(parent, token_ids[start : start + self.block_size]))
-        return table.keys[index]
+        return table.keys[index] + bytes([group]) if group else table.keys[index]

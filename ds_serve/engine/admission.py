@@ -15,7 +15,8 @@ from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ds_serve.cache.manager import CacheManager, Match
+from ds_serve.cache.manager import CacheManager
+from ds_serve.cache.table import Match
 from ds_serve.engine.limits import Limits
 from ds_serve.engine.sequence import Sequence
 
@@ -121,7 +122,7 @@ class WaitingQueue:
         num_tokens = len(sequence.token_ids)
         match = self._cache.match(sequence.table, sequence.token_ids) if sequence.uses_cache else NO_MATCH
         loads = self._loads_pay and bool(match.beyond)
-        num_cached = (match.num_blocks if loads else len(match.device)) * self._block_size
+        num_cached = (match.num_blocks if loads else match.on_device) * self._block_size
         sequence.prefix_score = num_cached / (num_tokens - num_cached)
         sequence.waits_for_load = match.waits
         sequence.look_again_at = self._now + LOOK_AGAIN_STEPS
@@ -130,7 +131,7 @@ class WaitingQueue:
     def _fits(self, candidate: Candidate, num_promised: int) -> bool:
         """Its blocks beside those promised: what is loaded takes device blocks as what is computed does."""
         match, loads = candidate.match, candidate.loads
-        needed = self._cache.blocks_for(len(candidate.sequence.token_ids)) - len(match.taken(loads))
+        needed = self._cache.needed(len(candidate.sequence.token_ids), match, loads)
         return needed + num_promised <= self._cache.free_after(match, loads)
 
 

@@ -6,6 +6,7 @@ Changes nothing. Called by tests after every event.
 from __future__ import annotations
 
 from collections import Counter
+from operator import le
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -39,8 +40,11 @@ def check(scheduler: Scheduler) -> None:
         if sequence.is_loading:
             there = sequence.table.num_committed * scheduler.cache.block_size
             assert counters[0] == there, f"{sequence.request.id}: {counters} before its load, {there} there"
-        held = len(sequence.table.block_ids) * scheduler.cache.block_size
+        held = sequence.table.length * scheduler.cache.block_size
         assert held >= sequence.num_scheduled, f"{sequence.request.id}: too few blocks"
+        seen = scheduler.cache.windows.firsts_seen(sequence.num_computed)
+        firsts = sequence.table.firsts
+        assert all(map(le, firsts, seen)), f"{sequence.request.id}: has from {firsts}, a query sees {seen}"
 
 
 def _is_sorted(sequences: list) -> bool:

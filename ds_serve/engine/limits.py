@@ -91,7 +91,7 @@ def refusal(request: Request, limits: Limits, cache: CacheManager) -> str | None
             f"too long: a prompt of {len(prompt)} tokens and max_tokens of {params.max_tokens} need {total}, "
             f"and this server holds {limits.max_model_len} at most"
         )
-    needed = cache.blocks_for(total - 1)  # the last token is sampled, its KV never written
+    needed = cache.windows.most_blocks(total - 1)  # the last token is sampled, its KV never written
     if needed > cache.num_blocks:
         return f"can never fit: it needs {needed} KV blocks, and there are {cache.num_blocks}"
     return _pin_refusal(request, cache)
@@ -106,7 +106,7 @@ def _pin_refusal(request: Request, cache: CacheManager) -> str | None:
         return None
     if not cache.prefix_caching:
         return "its prompt cannot be pinned: prefix caching is off"
-    blocks = len(request.prompt_token_ids) // cache.block_size
+    blocks = cache.pin_size(len(request.prompt_token_ids))
     if blocks > cache.pins.max_blocks:
         return f"its prompt cannot be pinned: {blocks} KV blocks, and {cache.pins.max_blocks} may be pinned"
     return None

@@ -57,7 +57,8 @@ class Planner:
         num_decoding = sum(sequence.gap <= 1 for sequence in books.running)
         running = sum(s.num_prefill for s in books.running if s.num_computed < s.num_admitted)
         waiting = sum(len(sequence.token_ids) for sequence in islice(books.waiting, len(books.free_slots)))
-        waiting = min(waiting, self._cache.pool.num_free * self._cache.block_size)
+        free = self._cache.pool.num_free // self._cache.windows.num_groups
+        waiting = min(waiting, free * self._cache.block_size)
         return Draft(self._limits, -(-num_decoding // num_batches), running + waiting)
 
     # -- running sequences -----------------------------------------------------------------------
@@ -196,9 +197,10 @@ class Planner:
             auditor.take(self._books.finish(sequence, "abort"))
 
     def _promised_blocks(self) -> int:
-        """Blocks that running sequences lack for their known tokens, and one each to go on with."""
-        running = self._books.running
-        return sum(self._cache.missing(s.table, len(s.token_ids)) for s in running) + len(running)
+        """Blocks that running sequences lack for their known tokens, and one of each group to go on with."""
+        running, cache = self._books.running, self._cache
+        lacking = sum(cache.lacking(sequence.table, len(sequence.token_ids)) for sequence in running)
+        return lacking + len(running) * cache.windows.num_groups
 
     # -- the plan --------------------------------------------------------------------------------
 

@@ -165,6 +165,7 @@ class Scheduler:
             sequence.num_pending -= 1
         if sequence.uses_cache:
             self.cache.commit(sequence.table, sequence.token_ids, sequence.num_computed)
+        self.cache.slide(sequence.table, sequence.num_computed)
         if sampled is None:
             return None
         is_first = len(sequence.token_ids) == sequence.num_prompt_tokens + 1

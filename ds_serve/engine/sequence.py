@@ -5,7 +5,7 @@ Knows nothing of other sequences, of queues or of budgets; the scheduler owns an
 
 from __future__ import annotations
 
-from ds_serve.cache.manager import BlockTable
+from ds_serve.cache.table import BlockTable
 from ds_serve.messages import FinishReason, Request, TokenLogprob
 
 

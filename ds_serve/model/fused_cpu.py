@@ -215,7 +215,10 @@ class FusedDecoderLayer(nn.Module):
         batch = current_batch.get()
         if batch is None:  # a dry forward that only records shapes, or an error that the interface reports
             parts = (t.transpose(0, 1)[None] for t in (q, k, v))
-            return interface.paged_attention(self, *parts, None, scaling=self.scaling)[0][0]
+            out, _ = interface.paged_attention(
+                self, *parts, None, scaling=self.scaling, sliding_window=self.window
+            )
+            return out[0]
         batch.num_calls += 1
         layer = self.layer_idx - batch.layout.first_layer
         return self.ds_paged_backend.forward(layer, q, k, v, batch, scale=self.scaling, window=self.window)

@@ -71,7 +71,7 @@ def build_worker(
         constraints = Constraints(settings.model, trust_remote_code=settings.trust_remote_code)
     worker = Worker(load(settings, grid), settings, grid, progress, deliver, fail, constraints)
     if settings.check:
-        kv_bytes = worker.num_blocks * worker.model.layout.bytes_per_block
+        kv_bytes = worker.num_blocks * worker.layout.bytes_per_block
         worker.certificate = certify(worker.model, settings, grid, kv_bytes)
     if constraints is not None:
         constraints.wait()

@@ -41,20 +41,20 @@ class StepInputs:
 class SlotTable:
     """Tokens and blocks of max_num_seqs sequences of up to max_model_len tokens."""
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, num_groups: int = 1) -> None:
         self.block_size = block_size
         max_blocks = -(-max_model_len // block_size)
         # Never touched pages are never committed, so long models cost what is used.
         self._tokens = np.empty((max_num_seqs, max_model_len + 1), dtype=np.int64)
-        self._blocks = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
-        self._num_blocks = [0] * max_num_seqs
+        self._blocks = np.zeros((max_num_seqs, max_blocks, num_groups), dtype=np.int32)
+        self._num_entries = [0] * max_num_seqs
         self._num_prompt = [0] * max_num_seqs
         self._adapters = np.zeros(max_num_seqs, dtype=np.int64)
 
     def admit(self, new: NewSequence) -> None:
         """new takes its slot; what the slot held is forgotten."""
         self._tokens[new.slot, : len(new.token_ids)] = new.token_ids
-        self._num_blocks[new.slot] = 0
+        self._num_entries[new.slot] = 0
         self._num_prompt[new.slot] = new.num_prompt_tokens
         self._adapters[new.slot] = new.adapter
 
@@ -66,9 +66,10 @@ class SlotTable:
         """Extends tokens and block tables by what the rows bring and packs the rows, in order."""
         for row in rows:
             if row.new_block_ids:
-                held = self._num_blocks[row.slot]
-                self._num_blocks[row.slot] = held + len(row.new_block_ids)
-                self._blocks[row.slot, held : self._num_blocks[row.slot]] = row.new_block_ids
+                held = self._num_entries[row.slot]
+                self._num_entries[row.slot] = held + len(row.new_block_ids)
+                entries = self._blocks[row.slot].reshape(-1)
+                entries[held : self._num_entries[row.slot]] = row.new_block_ids
             if row.token_ids:
                 end = row.start + row.count
                 self._tokens[row.slot, end - len(row.token_ids) : end] = row.token_ids
@@ -82,12 +83,8 @@ class SlotTable:
         row_of = np.repeat(np.arange(len(rows)), counts)
         positions = np.arange(num_tokens) - query_start[row_of] + starts[row_of]
         slot_of = slots[row_of]
-        block_of = self._blocks[slot_of, positions // self.block_size].astype(np.int64)
-        widest = max(self._num_blocks[row.slot] for row in rows)
-        tables = self._blocks[slots, :widest]
-        tables[np.arange(widest) >= np.array([self._num_blocks[slot] for slot in slots])[:, None]] = 0
-
         device = slab.device
+        (slot_mapping, block_tables), *more_groups = self._tables(slots, slot_of, positions, device)
         samples = np.array([row.sample for row in rows])
         ends = starts + counts
         scored, targets, before = self._scored(rows, query_start)
@@ -97,15 +94,16 @@ class SlotTable:
         attention = AttentionBatch(
             slab=slab,
             layout=layout,
-            slot_mapping=_put(block_of * self.block_size + positions % self.block_size, device),
+            slot_mapping=slot_mapping,
             query_start=_put(query_start, device),
             context_len=_put(ends.astype(np.int32), device),
-            block_tables=_put(tables, device),
+            block_tables=block_tables,
             positions=_put(positions, device),
             max_query_len=int(counts.max()),
             num_tokens=num_tokens,
             sampled=_put(sampled.astype(np.int64), device),
             adapters=_adapter_rows(self._adapters[slot_of], device),
+            more_groups=tuple(more_groups),
         )
         return StepInputs(
             input_ids=_put(self._tokens[slot_of, positions], device)[None],
@@ -115,6 +113,25 @@ class SlotTable:
             scored=scored,
             targets=_put(targets, device),
         )
+
+    def _tables(
+        self, slots: np.ndarray, slot_of: np.ndarray, positions: np.ndarray, device: torch.device
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """slot_mapping and block_tables of each group; 0 past a table's end, and where a block is gone."""
+        num_groups = self._blocks.shape[2]
+        lengths = np.array([self._num_entries[slot] // num_groups for slot in slots])
+        tables = self._blocks[slots, : lengths.max()]
+        tables[np.arange(tables.shape[1]) >= lengths[:, None]] = 0
+        np.maximum(tables, 0, out=tables)
+        blocks = self._blocks[slot_of, positions // self.block_size].astype(np.int64)
+        offsets = positions % self.block_size
+        return [
+            (
+                _put(blocks[:, group] * self.block_size + offsets, device),
+                _put(np.ascontiguousarray(tables[:, :, group]), device),
+            )
+            for group in range(num_groups)
+        ]
 
     def _scored(
         self, rows: Sequence[Row], query_start: np.ndarray

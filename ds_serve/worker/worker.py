@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Callable
 
-import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
 
@@ -33,12 +32,10 @@ from ds_serve.parallel.grid import Grid
 from ds_serve.worker.constraint import Constraints
 from ds_serve.worker.copier import Copier
 from ds_serve.worker.sampler import Sampler
+from ds_serve.worker.sizes import cut_groups, num_blocks, num_host_blocks
 from ds_serve.worker.slots import SlotTable, StepInputs
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_KV_SHARE = 0.3
-DEFAULT_KV_LIMIT = 4 * 2**30
 
 # Tokens whose prefill is timed: on a CPU a token's share hardly changes from here on, elsewhere a full step's
 # counts.
@@ -67,30 +64,38 @@ class Worker:
         self.certificate: Certificate | None = None  # of settings.check, once there is one
         self._grid = grid
         self._progress = progress
+        self.layout, self.windows = layout, windows = cut_groups(model, settings, grid)
         # One block table serves all ranks, so the rank with the least memory sets the size, in each tier.
         self.num_blocks, self.num_host_blocks = grid.minimum(
             [
-                _num_blocks(model, settings, grid.ranks_here),
-                _num_host_blocks(model, settings, grid.ranks_here),
+                num_blocks(layout, windows, settings, model.max_model_len, grid.ranks_here),
+                num_host_blocks(layout, settings, grid.ranks_here),
             ]
         )
-        [self._bytes_per_block] = grid.total([model.layout.bytes_per_block])
-        held = self.num_blocks * settings.block_size
+        [self._bytes_per_block] = grid.total([layout.bytes_per_block])
+        held = windows.longest(self.num_blocks, model.max_model_len)
         if settings.max_model_len is not None and held < settings.max_model_len:
             raise ModelLoadError(
                 f"max_model_len is {settings.max_model_len}, but {self.num_blocks} KV blocks hold {held} "
-                "tokens: give more kv_cache_memory or num_blocks, or a smaller max_model_len"
+                "tokens of a sequence: give more kv_cache_memory or num_blocks, or a smaller max_model_len"
             )
-        self.max_model_len = min(model.max_model_len, held)
-        self._slab = model.layout.allocate(self.num_blocks, model.device)
-        self._slots = SlotTable(settings.max_num_seqs, self.max_model_len, settings.block_size)
+        if not held:
+            raise ModelLoadError(
+                f"{self.num_blocks} KV blocks are fewer than the {windows.num_groups} that a sequence begins "
+                "with, one for each group of layers: give more kv_cache_memory or num_blocks"
+            )
+        self.max_model_len = held
+        self._slab = layout.allocate(self.num_blocks, model.device)
+        self._slots = SlotTable(
+            settings.max_num_seqs, self.max_model_len, settings.block_size, windows.num_groups
+        )
         self._sampler: Sampler | None = None
         if grid.place.samples:
             self._sampler = Sampler(settings.max_num_seqs, model.vocab_size, model.device, constraints)
         logger.info(
-            "KV cache: %d blocks of %d tokens (%d tokens, %.2f GiB)",
-            self.num_blocks, settings.block_size, held,
-            self.num_blocks * model.layout.bytes_per_block / 2**30,
+            "KV cache: %d blocks of %d tokens, %.2f GiB; groups of layers see so many tokens (0: all): %s",
+            self.num_blocks, settings.block_size, self.num_blocks * layout.bytes_per_block / 2**30,
+            windows.reaches,
         )  # fmt: skip
         self._copier: Copier | None = None
         self._copy_s = self._prefill_s = 0.0
@@ -104,14 +109,14 @@ class Worker:
         fail: Callable[[BaseException], None],
     ) -> None:
         """The host slab, its copier, and how fast that and the model are. All ranks do this together."""
-        model, place = self.model, self.place
+        place = self.place
         if not self.num_host_blocks:
             raise ModelLoadError(
                 f"host_cache of {settings.host_cache} bytes, split evenly over {place.world_size} ranks, "
-                f"holds no block of {model.layout.bytes_per_block} bytes on {place}: give more"
+                f"holds no block of {self.layout.bytes_per_block} bytes on {place}: give more"
             )
         # Touched here once and for all: first stores shall not pay for page faults.
-        host_slab = model.layout.allocate(self.num_host_blocks, "cpu")
+        host_slab = self.layout.allocate(self.num_host_blocks, "cpu")
         checksums = settings.host_checksums
         self._copier = Copier(self._slab, host_slab, place.rank, deliver, fail, checksums)
         self._copy_s, slowest = self._grid.maximum(
@@ -147,7 +152,7 @@ class Worker:
             self._slots.admit(new)
             began = time.perf_counter()
             row = Row(slot=0, start=0, count=count, new_block_ids=blocks, sample=True)
-            inputs = self._slots.build([row], self._slab, model.layout)
+            inputs = self._slots.build([row], self._slab, self.layout)
             with use_batch(inputs.attention):
                 stage(inputs.input_ids, inputs.attention.positions, inputs.attention.sampled, hidden)
             get_accelerator().synchronize()
@@ -171,6 +176,7 @@ class Worker:
             tensor_parallel=self.place.tp,
             pipeline_parallel=self.place.pp,
             adapters=tuple(settings.adapters),
+            windows=self.windows.reaches,
         )
 
     @torch.inference_mode()
@@ -189,7 +195,7 @@ class Worker:
             self._slots.admit(new)
             if self._sampler is not None:
                 self._sampler.admit(new.slot, new.params, new.token_ids, new.num_prompt_tokens)
-        inputs = self._slots.build(plan.rows, self._slab, self.model.layout)
+        inputs = self._slots.build(plan.rows, self._slab, self.layout)
         progress.batch = inputs.attention
         if self._sampler is not None:
             self._sampler.begin(inputs.slots)
@@ -248,36 +254,3 @@ class Worker:
         return StepResult(
             step=plan.step, token_ids=token_ids, logprobs=asked, prompt_logprobs=prompt_logprobs
         )
-
-
-def _num_blocks(model: LoadedModel, settings: Settings, ranks_here: int) -> int:
-    if settings.num_blocks is not None:
-        return settings.num_blocks
-    memory = settings.kv_cache_memory
-    if memory is None:
-        memory = min(DEFAULT_KV_LIMIT, int(psutil.virtual_memory().available * DEFAULT_KV_SHARE / ranks_here))
-        # More than twice what a full batch of the longest requests fills would only slow the start.
-        most = 2 * settings.max_num_seqs * -(-model.max_model_len // settings.block_size)
-        memory = min(memory, most * model.layout.bytes_per_block)
-    blocks = memory // model.layout.bytes_per_block
-    if blocks < 1:
-        raise ModelLoadError(
-            f"kv_cache_memory of {memory} bytes holds no block of {model.layout.bytes_per_block} bytes"
-        )
-    return blocks
-
-
-def _num_host_blocks(model: LoadedModel, settings: Settings, ranks_here: int) -> int:
-    """How many blocks this rank's share of host_cache holds."""
-    if not settings.host_cache:
-        return 0
-    if not settings.prefix_caching:
-        raise ModelLoadError("host_cache keeps prefixes, and prefix_caching is off: give one or the other")
-    share = settings.host_cache // settings.world_size
-    available = psutil.virtual_memory().available
-    if share * ranks_here > available:
-        raise ModelLoadError(
-            f"host_cache of {settings.host_cache} bytes is {share} for each of the {ranks_here} ranks here, "
-            f"and this machine has {available} bytes available: give less"
-        )
-    return share // max(1, model.layout.bytes_per_block)

@@ -32,7 +32,7 @@ def start():
     engines = []
 
     def start_engine(folder, **settings):
-        engines.append(build_local_engine(Settings(model=folder, **({"num_blocks": 400} | settings))))
+        engines.append(build_local_engine(Settings(model=folder, **({"num_blocks": 1200} | settings))))
         return engines[-1]
 
     yield start_engine
@@ -56,6 +56,7 @@ def test_preemption(case, start, steps_in_flight):
     engine = start(
         folder,
         num_blocks=24,
+        window_blocks="off",  # test_window_tokens.py has the same with windows
         block_size=4,
         max_num_batched_tokens=64,
         attention="reference",

@@ -56,6 +56,7 @@ def run_case(case: dict) -> dict:
             "preemptions": stats.num_preemptions,
             "cached_tokens": stats.cached_tokens,
             "steps": stats.num_steps,
+            "windows": list(engine.info.windows),
             "copying": engine.scheduler.num_copying,
             "stats": [msgspec.structs.asdict(each) for each in accounts],
         }

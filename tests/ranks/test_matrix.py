@@ -49,7 +49,7 @@ LAUNCH_S = 900  # a grid with all its models
 GRIDS = [(1, 1), (2, 1), (4, 1), (1, 2), (1, 4), (2, 2)]
 PART = {
     (1, 1): [],  # test_engine_tokens.py and test_architectures.py have them
-    (2, 1): ["gpt2", "mixtral", "deepseek_v3"],
+    (2, 1): ["gpt2", "mixtral", "deepseek_v3", "gemma2"],
     (4, 1): ["llama"],
     (1, 2): ["mistral", "gemma2", "deepseek_v3"],
     (1, 4): ["llama"],
@@ -58,15 +58,23 @@ PART = {
 WANTED = {grid: list(MODELS) for grid in GRIDS} if os.environ.get("DS_SERVE_TEST_ALL") == "1" else PART
 
 VARIANTS = [
-    {"name": "hits", "rounds": 2, "settings": {"num_blocks": 400}},
+    {"name": "hits", "rounds": 2, "settings": {"num_blocks": 800}},
     {
         "name": "preempted",
         "rounds": 1,
         "settings": {
             "num_blocks": 24, "block_size": 4, "max_num_batched_tokens": 48, "attention": "reference",
+            "window_blocks": "off",
         },
     },
 ]  # fmt: skip
+# Models whose layers see a window: their groups of layers, and a pool that is too small for a whole sequence.
+WINDOWS = {"mistral": [8], "gemma2": [0, 8]}
+WINDOWED = {
+    "name": "windows",
+    "rounds": 1,
+    "settings": {"num_blocks": 36, "block_size": 4, "max_num_batched_tokens": 16, "attention": "reference"},
+}
 
 
 class Saved:
@@ -128,7 +136,7 @@ def launch_grid(grid: tuple[int, int], more: dict, names: list[str], models, fol
             "prompts": PROMPTS,
             "lengths": LENGTHS,
             "settings": {"model": models(name).folder} | shape,
-            "variants": VARIANTS,
+            "variants": VARIANTS + [WINDOWED] * (name in WINDOWS),
         }
         for name in names
     ]
@@ -165,3 +173,7 @@ def test_tokens_equal_generate(grid, name, models, records):
         latents = 4 * 16 * (MLA["kv_lora_rank"] + MLA["qk_rope_head_dim"]) * 4
         assert record["hits"]["stats"][-1]["bytes_per_block"] == grid[0] * latents
     assert record["hits"]["blocks_lost"] == record["preempted"]["blocks_lost"] == 0
+    if name in WINDOWS:
+        assert record["windows"]["rounds"] == [wanted]
+        assert record["windows"]["windows"] == WINDOWS[name]
+        assert record["windows"]["blocks_lost"] == 0

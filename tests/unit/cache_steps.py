@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from ds_serve.cache.manager import BlockTable, CacheManager, Match
+from ds_serve.cache.manager import CacheManager
+from ds_serve.cache.table import BlockTable, Match
 
 
 def prompt(name: int, num_blocks: int, block_size: int = 4) -> list[int]:

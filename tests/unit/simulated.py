@@ -19,6 +19,7 @@ from ds_serve.cache.manager import CacheManager
 from ds_serve.engine.limits import Limits
 from ds_serve.engine.scheduler import Scheduler
 from ds_serve.messages import (
+    NO_BLOCK,
     CopyResult,
     NewSequence,
     Request,
@@ -73,40 +74,70 @@ def make_request(name: object, prompt: list[int], max_tokens: int, **fields) -> 
     return Request(id=str(name), prompt_token_ids=prompt, params=params, **fields)
 
 
-LOST = (-1, -1)
+LOST = (-1, -1, -1)
 
 
 class _Rank:
     """One rank's KV, on the device and on the host. It knows no tokens but those of a row: hidden states."""
 
-    def __init__(self, num_blocks: int, block_size: int, max_num_seqs: int, num_host_blocks: int) -> None:
-        self.block_size = block_size
-        # A position holds its token and the checksum of all tokens up to it.
-        self.kv: list[list[tuple[int, int]]] = [[LOST] * block_size for _ in range(num_blocks)]
-        self.host: list[list[tuple[int, int]]] = [[LOST] * block_size for _ in range(num_host_blocks)]
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        num_host_blocks: int,
+        windows: tuple[int, ...],
+    ) -> None:
+        self.block_size, self.windows = block_size, windows
+        # A position holds its token, the checksum of all tokens up to it, and whose layers' KV it is.
+        self.kv: list[list[tuple[int, int, int]]] = [[LOST] * block_size for _ in range(num_blocks)]
+        self.host: list[list[tuple[int, int, int]]] = [[LOST] * block_size for _ in range(num_host_blocks)]
         self.tables: list[list[int]] = [[] for _ in range(max_num_seqs)]
 
     def write(self, row: Row, tokens: list[int]) -> None:
         table = self.tables[row.slot]
         table += row.new_block_ids
-        assert row.start + row.count <= len(table) * self.block_size, "a row goes past its blocks"
-        checksum = self._at(row.slot, row.start - 1)[1] if row.start else 0
-        for position, token in enumerate(tokens, row.start):
-            checksum = crc32(bytes([token]), checksum)
-            self.kv[table[position // self.block_size]][position % self.block_size] = (token, checksum)
+        end = row.start + row.count
+        assert end * len(self.windows) <= len(table) * self.block_size, "a row goes past its blocks"
+        before = [self._at(row.slot, row.start - 1, g)[1] if row.start else 0 for g in self._groups]
+        for group, checksum in enumerate(before):
+            for position, token in enumerate(tokens, row.start):
+                checksum = crc32(bytes([token]), checksum)
+                block, offset = self._place(row.slot, position, group)
+                self.kv[block][offset] = (token, checksum, group)
 
     def attend(self, row: Row) -> int:
-        """The checksum of the row's sequence, after every KV on the way to it was found to be its own."""
-        checksum = 0
-        for position in range(row.start + row.count):
-            token, found = self._at(row.slot, position)
-            assert token >= 0, f"slot {row.slot}: position {position} was never written"
-            checksum = crc32(bytes([token]), checksum)
-            assert found == checksum, f"slot {row.slot}: wrong KV at position {position}"
+        """The checksum of the row's sequence, after all KV that its queries see was found to be its own."""
+        (checksum,) = {self._attend(row, group) for group in self._groups}
         return checksum
 
-    def _at(self, slot: int, position: int) -> tuple[int, int]:
-        return self.kv[self.tables[slot][position // self.block_size]][position % self.block_size]
+    def _attend(self, row: Row, group: int) -> int:
+        reach = self.windows[group]
+        first = max(0, row.start - reach + 1) if reach else 0
+        checksum = self._at(row.slot, first - 1, group)[1] if first % self.block_size else None
+        for position in range(first, row.start + row.count):
+            token, found, owner = self._at(row.slot, position, group)
+            assert token >= 0, f"slot {row.slot}: position {position} was never written"
+            if checksum is None and first:  # the token before it lies in a block that may be gone
+                checksum = found
+            else:
+                checksum = crc32(bytes([token]), checksum or 0)
+            assert (found, owner) == (checksum, group), f"slot {row.slot}: wrong KV at position {position}"
+        return checksum
+
+    @property
+    def _groups(self) -> range:
+        return range(len(self.windows))
+
+    def _at(self, slot: int, position: int, group: int) -> tuple[int, int, int]:
+        block, offset = self._place(slot, position, group)
+        return self.kv[block][offset]
+
+    def _place(self, slot: int, position: int, group: int) -> tuple[int, int]:
+        index, offset = divmod(position, self.block_size)
+        block = self.tables[slot][index * len(self.windows) + group]
+        assert block != NO_BLOCK, f"slot {slot}: position {position} is seen and has no block"
+        return block, offset
 
     def slabs(self, kind: str) -> tuple[list, list]:
         """Where copies of this kind come from and where they go."""
@@ -147,10 +178,11 @@ class SimulatedWorker:
         num_stages: int = 1,
         num_ranks: int | None = None,
         num_host_blocks: int = 0,
+        windows: tuple[int, ...] = (0,),
     ) -> None:
         self.num_stages = num_stages
         self.ranks = [
-            _Rank(num_blocks, block_size, max_num_seqs, num_host_blocks)
+            _Rank(num_blocks, block_size, max_num_seqs, num_host_blocks, windows)
             for _ in range(num_ranks or num_stages)
         ]
         self.tokens: list[list[int]] = [[] for _ in range(max_num_seqs)]

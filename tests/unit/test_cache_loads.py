@@ -6,8 +6,9 @@ import pytest
 from cache_steps import admit, compute, found, land, prompt, pushed_out, serve, store, tiers
 
 from ds_serve.cache.host import State, Twin
-from ds_serve.cache.manager import CacheManager, Match
+from ds_serve.cache.manager import CacheManager
 from ds_serve.cache.pool import OutOfBlocks
+from ds_serve.cache.table import Match
 
 
 def mixed() -> tuple[CacheManager, list[int]]:

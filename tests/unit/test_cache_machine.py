@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from ds_serve.cache.host import State
-from ds_serve.cache.manager import BlockTable, CacheManager, Match
+from ds_serve.cache.manager import CacheManager
 from ds_serve.cache.pool import OutOfBlocks
+from ds_serve.cache.table import BlockTable, Match
 
 SIZE, DEVICE, HOST, PINNED = 2, 9, 10, 4
 GARBAGE = "garbage"

@@ -4,12 +4,13 @@ tiers, numbers of stages and ranks, failing copies, and moments at which results
 from __future__ import annotations
 
 from collections import Counter, deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 from math import inf
 from random import Random
 from unittest.mock import patch
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import VOCAB, SimulatedWorker, Tiers, expected_output, expected_prompt_logprobs, make_request
@@ -39,17 +40,22 @@ class Workload:
     limits: Limits
     requests: list[Request]
     arrivals: list[int]
-    aborts: dict[int, int]
-    unpins: dict[int, str]
-    spoiler: int
-    moments: list[tuple[int, int]]
-    luck: int
-    failure_rate: float
-    pace: float
+    aborts: dict[int, int] = field(default_factory=dict)
+    unpins: dict[int, str] = field(default_factory=dict)
+    spoiler: int = 0
+    moments: list[tuple[int, int]] = field(default_factory=lambda: [(9, 1)])
+    luck: int = 0
+    failure_rate: float = 0.0
+    pace: float = 1.0
     num_host_blocks: int = 0
     store_zone: int = 0
     max_pinned_blocks: int = 0
     prefix_caching: bool = True
+    windows: tuple[int, ...] = (0,)
+
+    @property
+    def tokens_ahead(self) -> int:
+        return self.limits.max_num_batched_tokens * self.limits.max_steps_in_flight
 
     def cache(self) -> CacheManager:
         return CacheManager(
@@ -59,6 +65,8 @@ class Workload:
             num_host_blocks=self.num_host_blocks,
             store_zone=self.store_zone,
             max_pinned_blocks=self.max_pinned_blocks,
+            windows=self.windows,
+            tokens_ahead=self.tokens_ahead,
         )
 
 
@@ -172,6 +180,7 @@ class Simulation:
             limits.num_stages,
             limits.num_ranks,
             load.num_host_blocks,
+            load.windows,
         )
         self.outputs = {request.id: [] for request in load.requests}
         self.results: deque = deque()  # of steps
@@ -244,9 +253,60 @@ class Simulation:
         self.scheduler.check_integrity()
 
 
+@st.composite
+def window_workloads(draw):
+    """With layers that see a window only: more and longer requests than the pool would hold whole."""
+    load = draw(workloads())
+    windows = draw(st.sampled_from([(5,), (2,), (9,), (0, 6), (0, 2, 9), (0, 0, 4, 4), (3, 8)]))
+    limits = replace(
+        load.limits,
+        max_num_batched_tokens=draw(st.sampled_from([1, 3, 6, load.limits.max_num_batched_tokens])),
+        max_model_len=90,
+    )
+    num_blocks = len(windows) * draw(st.integers(4, 16))
+    load = replace(load, windows=windows, limits=limits, num_blocks=num_blocks)
+    return replace(load, num_host_blocks=0, max_pinned_blocks=draw(st.integers(0, num_blocks // 2)))
+
+
 @settings(max_examples=150, deadline=None)
 @given(workloads())
 def test_every_request_ends_once_with_the_right_tokens_and_every_block_comes_back(load):
+    check_everything(load)
+
+
+@settings(max_examples=200, deadline=None)
+@given(window_workloads())
+def test_the_same_where_blocks_are_given_back_when_they_leave_a_window(load):
+    check_everything(load)
+
+
+@pytest.mark.parametrize("steps_in_flight", [1, 2])
+@pytest.mark.parametrize("num_blocks", range(18, 38, 2))
+def test_with_windows_too_prompts_are_computed_beside_each_other_only_where_both_fit(
+    num_blocks, steps_in_flight
+):
+    """A slow prompt, whose log-probabilities are asked for, and one that could overtake it."""
+    slow, fast = make_request("slow", [1] * 40, 1, prompt_logprobs=0), make_request("fast", [2] * 40, 1)
+    limits = Limits(
+        max_num_seqs=2,
+        max_num_batched_tokens=8 // steps_in_flight,
+        max_model_len=90,
+        max_scored_tokens=2,
+        max_steps_in_flight=steps_in_flight,
+    )
+    load = Workload(num_blocks, limits, [slow, fast], arrivals=[2], windows=(0, 6))
+    simulation = check_everything(load)
+    assert simulation.scheduler.stats().num_preemptions == 0
+    (_, began, _), (_, _, ended) = (simulation.outputs[name][-1].times for name in ("fast", "slow"))
+    most = load.cache().windows.most_blocks(40)
+    assert most == 10 + 5
+    if num_blocks >= 2 * most + 2:
+        assert began == 2.0, "both fit, and a block of each group to go on with"
+    elif num_blocks < 2 * most - 4:
+        assert began >= ended
+
+
+def check_everything(load):
     simulation = Simulation(load).run()
     scheduler, outputs = simulation.scheduler, simulation.outputs
 
@@ -265,7 +325,8 @@ def test_every_request_ends_once_with_the_right_tokens_and_every_block_comes_bac
         elif ends[0] == "error":
             assert not tokens
             total = len(request.prompt_token_ids) + request.params.max_tokens
-            is_too_long = total > load.limits.max_model_len or total - 1 > load.num_blocks * BLOCK
+            needed = load.cache().windows.most_blocks(total - 1)
+            is_too_long = total > load.limits.max_model_len or needed > load.num_blocks
             error = outputs[request.id][-1].error
             assert is_too_long or (request.cache_key and request.pin == "must" and "pinned" in error)
         else:
@@ -282,6 +343,7 @@ def test_every_request_ends_once_with_the_right_tokens_and_every_block_comes_bac
     assert stats.cached_tokens_host == sum(output.num_host_tokens for output in last)
     assert all(output.num_host_tokens <= output.num_cached_tokens for output in last)
     assert stats.audit_max_difference == 0.0
+    return simulation
 
 
 @settings(max_examples=60, deadline=None)
