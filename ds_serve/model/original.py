@@ -20,12 +20,10 @@ from ds_serve.config import Settings
 from ds_serve.model import quantised
 from ds_serve.model.errors import ModelLoadError
 from ds_serve.model.loader import longest, read_config, read_weights, skeleton
-from ds_serve.model.parity import plain_output
+from ds_serve.model.parity import has_experts, plain_output
 from ds_serve.model.rope import settle_rope
 from ds_serve.model.stage import Stage, drop_tied_embedding, stack_name, stage_class
 from ds_serve.parallel.place import Place
-
-_EXPERTS = frozenset({"experts", "router", "block_sparse_moe"})
 
 Hidden = dict[
     int, torch.Tensor
@@ -118,11 +116,6 @@ class Part:
         if self._stage.place.is_last_stage:
             seen.logits = out
         return seen
-
-
-def has_experts(module: nn.Module) -> bool:
-    """Whether tokens choose among parts of a layer."""
-    return any(name.rpartition(".")[2] in _EXPERTS for name, _ in module.named_modules())
 
 
 class Original:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from ds_serve.attention.backends import Backend
 from ds_serve.attention.context import AdapterRows, AttentionBatch, use_batch
@@ -20,13 +21,20 @@ from ds_serve.model.quantised import rounds_activations
 from ds_serve.model.stage import Stage
 
 # A token's largest difference of an output, over the largest output of all. In fp32 it is 1e-5 and less, so
-# every token counts. In half precision rounding reaches 0.03, and now and then a token of a mixture of
-# experts takes another expert, so the median token of the second chunk counts: lost state changes all.
-# The same where activations are quantised: a last bit decides between two steps of 8 bits.
+# every token counts. In half precision rounding reaches 0.03, so the median token of the second chunk counts:
+# lost state changes all. The same where activations are quantised: a last bit decides between two steps of 8
+# bits. With experts more than half of the tokens may take another one than before: a quarter must be right.
 TOLERANCE = 1e-3
 TOLERANCE_HALF = 0.1
 
+_EXPERTS = frozenset({"experts", "router", "block_sparse_moe"})
+
 NUM_TOKENS = 13
+
+
+def has_experts(module: nn.Module) -> bool:
+    """Whether tokens choose among parts of a layer."""
+    return any(name.rpartition(".")[2] in _EXPERTS for name, _ in module.named_modules())
 
 
 @dataclass
@@ -98,7 +106,8 @@ def verify_paged(stage: Stage, wanted: torch.Tensor, layout: KVLayout, backend: 
     if stage.dtype == torch.float32 and not rounds_activations(stage.module.config):
         difference, bound = differences.max().item(), TOLERANCE
     else:
-        difference, bound = differences[cut:].median().item(), TOLERANCE_HALF
+        share = 0.25 if has_experts(stage.module) else 0.5
+        difference, bound = differences[cut:].quantile(share).item(), TOLERANCE_HALF
     if not difference <= bound:  # NaN is a failure too
         raise UnsupportedModelError(
             f"{type(stage.module).__name__}: results by paged attention ({backend.name}) differ from "
