@@ -37,6 +37,11 @@ def until(condition: Callable[[], object], seconds: float = END_S, what: str = "
         time.sleep(0.05)
 
 
+def shared_memory() -> set[Path]:
+    """Segments of all-reduces, whosever they are."""
+    return set(Path("/dev/shm").glob("deepspeed_allreduce*"))
+
+
 class Started:
     """One running command; its output is in folder, as out and err."""
 
@@ -44,6 +49,7 @@ class Started:
         folder.mkdir(exist_ok=True)
         self.out, self.err = folder / "out", folder / "err"
         (folder / "in").write_text(stdin)
+        self._before = shared_memory()  # what a killed run has left is not this one's
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         with open(self.out, "w") as out, open(self.err, "w") as err, open(folder / "in") as given:
             self.process = subprocess.Popen(
@@ -85,7 +91,7 @@ class Started:
             raise AssertionError(f"it does not end\n{self.said()}") from None
         assert code is None or found == code, f"code {found} instead of {code}\n{self.said()}"
         until(lambda: not self.alive(), what=f"left behind: {self.alive()}\n{self.said()}")
-        until(lambda: not list(Path("/dev/shm").glob("deepspeed_allreduce*")), what="left in /dev/shm")
+        until(lambda: shared_memory() <= self._before, what="left in /dev/shm")
         return found
 
     def kill(self) -> None:
