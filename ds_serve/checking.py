@@ -22,11 +22,8 @@ from ds_serve.model.original import Original
 from ds_serve.rank import build_checked_engine
 
 MATCH, MISMATCH, REFUSED, UNFINISHED = 0, 1, 2, 3  # exit codes
-REFUSALS = (
-    "ModelLoadError",
-    "UnsupportedModelError",
-    "ValueError",
-)  # on another rank, as RankFailure's cause
+# On another rank, as RankFailure's cause.
+REFUSALS = ("ModelLoadError", "UnsupportedModelError", "ValueError")
 
 PROMPT_LENGTHS = (1, 7, 16, 17, 31, 48, 64, 90)
 NEW_TOKENS = 16

@@ -25,9 +25,8 @@ from ds_serve.model.rope import settle_rope
 from ds_serve.model.stage import Stage, drop_tied_embedding, stack_name, stage_class
 from ds_serve.parallel.place import Place
 
-Hidden = dict[
-    int, torch.Tensor
-]  # by decoder layer; [T, ...]: a token's hidden state, however a model shapes it
+# By decoder layer; [T, ...]: a token's hidden state, however a model shapes it.
+Hidden = dict[int, torch.Tensor]
 
 
 @dataclass

@@ -85,4 +85,4 @@ class Observe:
         route = scope.get("route")
         if route is None:
             route = next((each for each in self._routes if each.matches(scope)[0] is not Match.NONE), None)
-        return getattr(route, "path", _NO_ROUTE)
+        return getattr(route, "path_format", None) or getattr(route, "path", _NO_ROUTE)

@@ -2,8 +2,8 @@
 
 A fixed probe goes through all ranks as requests do: paged, in chunks and single tokens, through whatever was
 cut and injected. The first shard of each stage keeps what its decoder layers take and give, and runs the
-original's layers beside it (model/original.py); all ranks get
-the figures. Knows no engine. Called by cluster.py.
+original's layers beside it (model/original.py); all ranks get the figures. Knows no engine. Called by
+cluster.py.
 """
 
 from __future__ import annotations
