@@ -175,5 +175,6 @@ def test_tokens_equal_generate(grid, name, models, records):
     assert record["hits"]["blocks_lost"] == record["preempted"]["blocks_lost"] == 0
     if name in WINDOWS:
         assert record["windows"]["rounds"] == [wanted]
-        assert record["windows"]["windows"] == WINDOWS[name]
+        # With a layer a stage, each of one kind only, groups would save nothing.
+        assert record["windows"]["windows"] == ([0] if (grid, name) == ((1, 4), "gemma2") else WINDOWS[name])
         assert record["windows"]["blocks_lost"] == 0
