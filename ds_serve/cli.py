@@ -172,6 +172,11 @@ def _must_launch(settings: Settings, options: launch.Options) -> bool:
     return rank is None and settings.world_size > 1
 
 
+def _launch_followers(settings: Settings, options: launch.Options) -> int:
+    """Starts this machine's ranks of a launch whose rank 0 is elsewhere. The launcher's code."""
+    return launch.run(launch.several(settings, options, launch.RANK_MODULE, []))
+
+
 def _serve(args: dict) -> int:
     """Serve a model over HTTP until SIGTERM or Ctrl-C."""
     from ds_serve.server.run import serve
@@ -183,7 +188,7 @@ def _serve(args: dict) -> int:
         # The rank of a launch cannot be started again alone.
         return serve(settings, policy=None if settings.world_size == 1 else once)
     if options.follows:
-        return launch.run(launch.several(settings, options, launch.RANK_MODULE, []))
+        return _launch_followers(settings, options)
     start = functools.partial(launch.several, settings, options, launch.RANK_MODULE)
     return serve(settings, start, once if options.no_ssh else None)
 
@@ -214,7 +219,7 @@ def _check(args: dict) -> int:
     options = launch.Options.take(args)
     must_launch = _must_launch(settings, options)
     if options.follows:
-        return launch.run(launch.several(settings, options, launch.RANK_MODULE, []))
+        return _launch_followers(settings, options)
     if args["json"] is not None and not Path(args["json"]).resolve().parent.is_dir():
         raise ValueError(f"--json {args['json']}: there is no such directory")
     if not must_launch:
@@ -257,7 +262,7 @@ def _generate(args: dict) -> int:
     options = launch.Options.take(args)
     must_launch = _must_launch(settings, options)
     if options.follows:
-        return launch.run(launch.several(settings, options, launch.RANK_MODULE, []))
+        return _launch_followers(settings, options)
     job = _Job(settings, *_prompts(args))
     if not must_launch:
         return _run_job(job)

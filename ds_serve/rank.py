@@ -54,20 +54,21 @@ def build_local_engine(settings: Settings) -> LocalEngine:
 
     Raises what loading raises, RankFailure where a rank fails, ValueError for a wrong number of ranks.
     """
-    check_world(settings, ranks())
-    engine = LocalEngine(*_build(settings))
-    _engines.add(engine)
-    return engine
+    return _open(settings)[0]
 
 
 def build_checked_engine(settings: Settings) -> tuple[LocalEngine, Certificate]:
     """As build_local_engine with the setting check; a mismatch is told by the certificate, not raised."""
-    settings = settings.model_copy(update={"check": True})
+    engine, rank = _open(settings.model_copy(update={"check": True}), refuse=False)
+    return engine, rank.worker.certificate
+
+
+def _open(settings: Settings, refuse: bool = True) -> tuple[LocalEngine, LocalRank]:
     check_world(settings, ranks())
-    scheduler, rank, info = _build(settings, refuse=False)
+    scheduler, rank, info = _build(settings, refuse)
     engine = LocalEngine(scheduler, rank, info)
     _engines.add(engine)
-    return engine, rank.worker.certificate
+    return engine, rank
 
 
 def _build(settings: Settings, refuse: bool = True) -> tuple[Scheduler, LocalRank, EngineInfo]:

@@ -102,7 +102,7 @@ class SlotTable:
             max_query_len=int(counts.max()),
             num_tokens=num_tokens,
             sampled=_put(sampled.astype(np.int64), device),
-            adapters=_adapter_rows(self._adapters[slot_of], device),
+            adapters=_adapter_rows(self._adapters[slots], counts, device),
             more_groups=tuple(more_groups),
         )
         return StepInputs(
@@ -148,11 +148,11 @@ class SlotTable:
         return scored, np.concatenate([none, *targets]), np.concatenate([none, *before])
 
 
-def _adapter_rows(of_token: np.ndarray, device: torch.device) -> AdapterRows | None:
-    taken = of_token[of_token > 0]
+def _adapter_rows(of_row: np.ndarray, counts: np.ndarray, device: torch.device) -> AdapterRows | None:
+    taken = of_row[of_row > 0]
     if not len(taken):
         return None
-    return AdapterRows(_put(of_token, device), int(taken.min()), int(taken.max()))
+    return AdapterRows(_put(np.repeat(of_row, counts), device), int(taken.min()), int(taken.max()))
 
 
 def _put(array: np.ndarray, device: torch.device) -> torch.Tensor:
