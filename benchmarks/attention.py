@@ -24,9 +24,9 @@ from ds_serve.attention.layout import KVLayout, LayerKV
 HEADS, KV_HEADS, DIM = 9, 3, 64
 
 
-def make_batch(counts: list[int], lengths: list[int], dtype: torch.dtype) -> AttentionBatch:
+def make_batch(layer: LayerKV, counts: list[int], lengths: list[int], dtype: torch.dtype) -> AttentionBatch:
     """Rows of counts[i] new tokens at the end of lengths[i], in blocks of a shuffled pool."""
-    layout = KVLayout([LayerKV(KV_HEADS, DIM, DIM)], 16, dtype)
+    layout = KVLayout([layer], 16, dtype)
     need = [-(-length // 16) for length in lengths]
     slab = layout.allocate(sum(need), "cpu")
     slab.copy_(torch.randn(slab.shape) * 0.5)
@@ -87,7 +87,7 @@ def measure(calls: dict[str, Callable[[], None]], seconds: float) -> dict[str, d
 def run_case(
     name: str, counts: list[int], lengths: list[int], dtype: torch.dtype, seconds: float, ways: set[str]
 ) -> dict:
-    batch = make_batch(counts, lengths, dtype)
+    batch = make_batch(LayerKV(KV_HEADS, DIM, DIM), counts, lengths, dtype)
     q, k, v = (
         torch.randn(h, sum(counts), DIM, dtype=dtype).transpose(0, 1) for h in (HEADS, KV_HEADS, KV_HEADS)
     )

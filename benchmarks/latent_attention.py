@@ -13,38 +13,14 @@ import json
 from collections.abc import Callable
 
 import torch
-from attention import CASES, measure
+from attention import CASES, make_batch, measure
 from torch import nn
 
 from ds_serve.attention.backends import select_backend
-from ds_serve.attention.context import AttentionBatch
 from ds_serve.attention.latent import LatentProjection
-from ds_serve.attention.layout import KVLayout, LayerKV
+from ds_serve.attention.layout import LayerKV
 
 RANK, NOPE, ROPE, V = 512, 128, 64, 128
-
-
-def make_batch(layer: LayerKV, counts: list[int], lengths: list[int], dtype: torch.dtype) -> AttentionBatch:
-    """Rows of counts[i] new tokens at the end of lengths[i], in blocks of a shuffled pool."""
-    layout = KVLayout([layer], 16, dtype)
-    need = [-(-length // 16) for length in lengths]
-    slab = layout.allocate(sum(need), "cpu")
-    slab.copy_(torch.randn(slab.shape) * 0.5)
-    pool = torch.randperm(sum(need)).tolist()
-    tables = [[pool.pop() for _ in range(n)] for n in need]
-    positions = [list(range(c - n, c)) for n, c in zip(counts, lengths, strict=True)]
-    slots = [t[p // 16] * 16 + p % 16 for t, row in zip(tables, positions, strict=True) for p in row]
-    return AttentionBatch(
-        slab=slab,
-        layout=layout,
-        slot_mapping=torch.tensor(slots),
-        query_start=torch.tensor([0, *counts]).cumsum(0).to(torch.int32),
-        context_len=torch.tensor(lengths, dtype=torch.int32),
-        block_tables=torch.tensor([t + [0] * (max(need) - len(t)) for t in tables], dtype=torch.int32),
-        positions=torch.tensor(sum(positions, [])),
-        max_query_len=max(counts),
-        num_tokens=sum(counts),
-    )
 
 
 def ways(

@@ -9,9 +9,7 @@ import pytest
 import torch
 from tiny_models import ADAPTED, ARCHITECTURES, build, mixed_prompts, oracle, oracles, run_all, save
 
-from ds_serve.config import Settings
 from ds_serve.messages import Request, SamplingParams
-from ds_serve.rank import build_local_engine
 
 NUM_REQUESTS = 64
 LENGTHS = [4 + (7 * index) % 17 for index in range(NUM_REQUESTS)]
@@ -27,20 +25,9 @@ def case(request, tmp_path_factory):
 
 
 @pytest.fixture
-def start():
-    """Starts engines, and after the test finds their books whole, with every block free again."""
-    engines = []
-
-    def start_engine(folder, **settings):
-        engines.append(build_local_engine(Settings(model=folder, **({"num_blocks": 1200} | settings))))
-        return engines[-1]
-
-    yield start_engine
-    for engine in engines:
-        stats = engine.stats()
-        engine.close()
-        engine.scheduler.check_integrity()
-        assert stats.num_free_blocks == stats.num_blocks
+def start(engine_of):
+    """Starts an engine of a model directory, with a large pool unless settings say otherwise."""
+    return lambda folder, **settings: engine_of(model=folder, **({"num_blocks": 1200} | settings))
 
 
 def test_64_requests_at_once(case, start):

@@ -26,7 +26,6 @@ from ds_serve.model.loader import _proven_layout, load
 from ds_serve.model.parity import plain_output
 from ds_serve.model.stage import Stage
 from ds_serve.parallel.place import Place
-from ds_serve.rank import build_local_engine
 
 SIZES = {"kv_lora_rank": 20, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12}
 QUERIES = {"num_key_value_heads": 8, "q_lora_rank": 32}
@@ -80,20 +79,9 @@ def case(request, tmp_path_factory):
 
 
 @pytest.fixture
-def start():
-    """Starts engines, and after the test finds every block free again."""
-    engines = []
-
-    def start_engine(folder, **settings):
-        engines.append(build_local_engine(Settings(model=folder, **({"num_blocks": 200} | settings))))
-        return engines[-1]
-
-    yield start_engine
-    for engine in engines:
-        stats = engine.stats()
-        engine.close()
-        engine.scheduler.check_integrity()
-        assert stats.num_free_blocks == stats.num_blocks
+def start(engine_of):
+    """Starts an engine of a model directory, with a large pool unless settings say otherwise."""
+    return lambda folder, **settings: engine_of(model=folder, **({"num_blocks": 200} | settings))
 
 
 def latent_bytes(layers: int = 3, block_size: int = 16, itemsize: int = 4) -> int:

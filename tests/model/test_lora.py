@@ -40,20 +40,9 @@ def served(request, tmp_path_factory):
 
 
 @pytest.fixture
-def start():
-    """Starts engines, and after the test finds their books whole, with every block free again."""
-    engines = []
-
-    def start_engine(served, **settings):
-        engines.append(build_local_engine(Settings(**served.settings | {"num_blocks": 400} | settings)))
-        return engines[-1]
-
-    yield start_engine
-    for engine in engines:
-        stats = engine.stats()
-        engine.close()
-        engine.scheduler.check_integrity()
-        assert stats.num_free_blocks == stats.num_blocks
+def start(engine_of):
+    """Starts an engine of a Served, with a large pool unless settings say otherwise."""
+    return lambda served, **settings: engine_of(**served.settings | {"num_blocks": 400} | settings)
 
 
 def ask(engine, served):
