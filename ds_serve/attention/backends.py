@@ -18,9 +18,19 @@ Preference = Literal["auto", "reference", "cpu"]
 
 
 class Backend(Protocol):
-    """Paged attention over one slab."""
+    """Paged attention over one slab.
+
+    captures: whether forward, as things stand, can be captured in a CUDA graph: it waits for nothing.
+    """
 
     name: str
+    captures: bool
+
+    def prepare(self, batch: AttentionBatch) -> None:
+        """A step's work on the host, before the model runs and outside of a captured graph.
+
+        Called once a step for a batch that has host. Without it forward does that work at its first call.
+        """
 
     def forward(
         self,

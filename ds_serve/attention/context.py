@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ds_serve.attention.layout import KVLayout
@@ -30,6 +31,22 @@ class AdapterRows:
     last: int
 
 
+@dataclass(frozen=True)
+class HostRows:
+    """A step's rows as they are on the host, for backends that plan a step there and must not ask the device.
+
+    query_start  int32[R+1], context_len int32[R]: as in AttentionBatch
+    tables       int32[R, B] for each group of layers: its block_tables
+    graph        R, where the batch's tensors are those of a captured graph of R rows (the last of them may be
+                 padding: one token in a block that nobody reads); 0 elsewhere
+    """
+
+    query_start: np.ndarray
+    context_len: np.ndarray
+    tables: tuple[np.ndarray, ...]
+    graph: int = 0
+
+
 @dataclass
 class AttentionBatch:
     """The ragged batch of one step: T tokens of R rows, row after row. All tensors on the slab's device.
@@ -46,6 +63,7 @@ class AttentionBatch:
                   the others' hidden states unfinished, once their KV is written
     adapters      LoRA adapters of the tokens; None: no token takes one
     num_calls     attention calls so far: how far the step has got, for who watches over it
+    host          the rows on the host; None where whoever made the batch has no copy there
     """
 
     slab: torch.Tensor
@@ -61,6 +79,7 @@ class AttentionBatch:
     adapters: AdapterRows | None = None
     num_calls: int = 0
     more_groups: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
+    host: HostRows | None = None
 
     def tables(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """slot_mapping and block_tables of a layer's group; layer counts from 0 within the layout."""

@@ -34,6 +34,10 @@ class CpuBackend:
     """See backends.Backend for the contract. bf16 needs an even k_dim."""
 
     name = "cpu"
+    captures = False
+
+    def prepare(self, batch: AttentionBatch) -> None:
+        """There is nothing to plan."""
 
     def forward(
         self,

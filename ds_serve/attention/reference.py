@@ -43,6 +43,10 @@ class ReferenceBackend:
     """See backends.Backend for the contract."""
 
     name = "reference"
+    captures = False
+
+    def prepare(self, batch: AttentionBatch) -> None:
+        """There is nothing to plan."""
 
     @torch.no_grad()
     def forward(
