@@ -107,17 +107,17 @@ class Grid:
                 torch.distributed.all_reduce(tensor, group=self.tensor_group)
         return tensor
 
-    def share(self, values: list[int] | None, count: int) -> list[int]:
-        """The count integers of shard 0 (the others give None), on every shard of the stage."""
-        if self.place.tp == 1 or not count:
-            return values or []
-        mine = values if self.place.shard == 0 else [0] * count
+    def share_tokens(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Fills token_ids int64[R] on every shard of the stage with shard 0's, and returns it."""
+        if self.place.tp == 1:
+            return token_ids
         if self.uses_shm:
             # float32 holds integers below 2**24, more than any vocabulary, and adds zeros exactly.
-            return [int(value) for value in self.all_reduce(torch.tensor(mine, dtype=torch.float32)).tolist()]
-        shared = torch.tensor(mine, dtype=torch.int64, device=get_accelerator().current_device_name())
-        torch.distributed.broadcast(shared, src=self.place.rank - self.place.shard, group=self.tensor_group)
-        return shared.tolist()
+            mine = token_ids.float() if self.place.shard == 0 else torch.zeros(token_ids.shape)
+            return token_ids.copy_(self.all_reduce(mine))
+        source = self.place.rank - self.place.shard
+        torch.distributed.broadcast(token_ids, src=source, group=self.tensor_group)
+        return token_ids
 
     # -- along the pipeline ------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from ds_serve.model.loader import LoadedModel
 from ds_serve.model.original import Hidden, Original, Part, Seen, watch
 from ds_serve.model.stage import stack_name
 from ds_serve.parallel.grid import Grid
+from ds_serve.worker.inputs import upload
 from ds_serve.worker.slots import SlotTable
 
 # The probe's sequences: within a block, at a block's ends, and of several blocks; 307 tokens.
@@ -137,7 +138,7 @@ def _chunks(sequences: list[torch.Tensor], block_size: int) -> list[list[Row]]:
 
 def _run(model: LoadedModel, grid: Grid, table: SlotTable, rows: list[Row], slab: torch.Tensor) -> Seen:
     """One step on this stage: what was seen of its tokens, on the first shard."""
-    inputs, stage, seen = table.build(rows, slab, model.layout), model.stage, Seen()
+    inputs, stage, seen = upload(table.gather(rows), slab, model.layout), model.stage, Seen()
     batch, count = inputs.attention, inputs.input_ids.shape[1]
     batch.sampled = None  # the last layer finishes all tokens
     every = torch.arange(count, device=model.device)

@@ -11,6 +11,7 @@ Knows settings and workers; no engine, no request and no launcher. Called by ran
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
@@ -31,6 +32,7 @@ from ds_serve.parallel.grid import Grid, meet
 from ds_serve.parallel.wire import Build, Close, Leave
 from ds_serve.worker.certify import certify
 from ds_serve.worker.constraint import Constraints
+from ds_serve.worker.finisher import Finisher
 from ds_serve.worker.local import LeadRank
 from ds_serve.worker.worker import Worker
 
@@ -165,11 +167,12 @@ def _fail(follower: Follower, error: BaseException) -> NoReturn:
 def _run_plans(settings: Settings, grid: Grid, follower: Follower) -> None:
     """One engine's life on this rank."""
     progress, deliver = follower.progress, follower.deliver
-    worker = build_worker(settings, grid, progress, deliver, lambda error: _fail(follower, error))
+    fail = functools.partial(_fail, follower)
+    worker = build_worker(settings, grid, progress, deliver, fail)
+    finisher = Finisher(worker.runs_ahead, deliver, fail)
     while isinstance(plan := follower.receive(), StepPlan):
-        result = worker.step(plan)
-        if result is not None:
-            deliver(result)
+        finisher.take(worker.launch(plan))
+    finisher.close()
     worker.close()
     if not isinstance(plan, Close):
         raise RuntimeError(f"{type(plan).__name__} came in the middle of an engine's plans")

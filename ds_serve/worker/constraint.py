@@ -68,6 +68,10 @@ class Constraints:
             self._drawn.pop(slot, None)
             self._thread.submit(self._matchers.pop, slot, None)
 
+    def holds(self, slot: int) -> bool:
+        """Whether the slot's sequence has a grammar."""
+        return slot in self._held
+
     def append(self, slots: Sequence[int], token_ids: Sequence[int]) -> None:
         """The token drawn for each slot; those without a grammar are passed over."""
         for slot, token in zip(slots, token_ids, strict=True):

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ds_serve.worker.put import put
+
 WEIGHT_ONE = 2.0**40  # the likeliest token's weight
 MAX_SUMMANDS = 2**22  # so many weights add up within an int64
 ROWS_AT_ONCE = 4
@@ -64,6 +66,36 @@ def argmax(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     else:
         tokens = scores.argmax(-1)
     return tokens, scores.gather(1, tokens[:, None]).squeeze(1).isfinite()
+
+
+def penalised(
+    scores: torch.Tensor, penalty: tuple[torch.Tensor, ...], seen: torch.Tensor, counts: torch.Tensor
+) -> torch.Tensor:
+    """scores [R, V] with some rows penalised for the tokens that they have seen.
+
+    penalty: int64 [P], those rows; int64 [P], their rows in the tables; their repetition, presence and
+    frequency penalties, [P, 1]. The tables: seen bool [S, V] in prompt or output, counts [S, V] of output.
+    """
+    rows, table_rows, *fines = penalty
+    if not _on_cpu(scores):
+        values = scores.index_select(0, rows)
+        fined = _fined(values, counts[table_rows], *fines)
+        return scores.index_copy(0, rows, torch.where(seen[table_rows], fined, values))
+    which, tokens = true_entries(seen[table_rows])  # a few among the whole vocabulary
+    index = (rows[which], tokens)
+    fines = (fine[which, 0] for fine in fines)
+    return scores.index_put(index, _fined(scores[index], counts[table_rows[which], tokens], *fines))
+
+
+def _fined(
+    values: torch.Tensor,
+    counts: torch.Tensor,
+    repetition: torch.Tensor,
+    presence: torch.Tensor,
+    frequency: torch.Tensor,
+) -> torch.Tensor:
+    values = torch.where(values < 0, values * repetition, values / repetition)
+    return values - frequency * counts - presence * (counts > 0)
 
 
 def weigh(distance: torch.Tensor) -> torch.Tensor:
@@ -153,7 +185,7 @@ def unset_bits(words: np.ndarray, size: int, device: torch.device) -> torch.Tens
     if device.type == "cpu":
         bits = np.unpackbits(words.astype("<u4", copy=False).view(np.uint8), 1, size, "little")
         return torch.from_numpy(bits.view(np.bool_))
-    bits = torch.from_numpy(words.view(np.int32)).to(device)[:, :, None]
+    bits = put([words.view(np.int32)], device)[0][:, :, None]
     return (
         bits.bitwise_right_shift(torch.arange(32, device=device)).bitwise_and(1).bool().flatten(1)[:, :size]
     )

@@ -19,12 +19,17 @@ from typing import Protocol
 from ds_serve.messages import CopyResult, StepPlan, StepResult
 from ds_serve.parallel.control import Controller, Progress
 from ds_serve.parallel.wire import Close
+from ds_serve.worker.finisher import Finishable, Finisher
 
 END_S = 5.0  # how long the last step and the last copies may take when ranks are told to end
 
 
 class _Steps(Protocol):
-    def step(self, plan: StepPlan) -> StepResult | None: ...
+    """A worker."""
+
+    runs_ahead: bool
+
+    def launch(self, plan: StepPlan) -> Finishable | None: ...
 
     def close(self) -> None: ...
 
@@ -72,17 +77,18 @@ class LocalRank:
         self._thread.join()
 
     def _run(self, build: Build) -> None:
-        worker = None
+        worker = finisher = None
         try:
             worker = build(self._progress, self._deliver, self._fail)
+            finisher = Finisher(worker.runs_ahead, self._deliver, self._fail)
             self._deliver(worker)
             while (plan := self._plans.get()) is not None:
-                result = worker.step(plan)
-                if result is not None:
-                    self._deliver(result)
+                finisher.take(worker.launch(plan))
         except BaseException as error:
             self._fail(error)
         finally:
+            if finisher is not None:
+                finisher.close()
             if worker is not None:
                 worker.close()
 

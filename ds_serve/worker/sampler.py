@@ -17,25 +17,25 @@ and its logits.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import torch
 
-from ds_serve.messages import SamplingParams, TokenLogprob
+from ds_serve.messages import SamplingParams
 from ds_serve.worker.constraint import Constraints
 from ds_serve.worker.draw import (
     NUCLEUS_CANDIDATES,
     Filter,
     argmax,
     least_kept,
+    penalised,
     pick,
     pick_above,
-    true_entries,
     uniforms,
     unset_bits,
 )
-from ds_serve.worker.sampled import SampleOutput
+from ds_serve.worker.put import put
+from ds_serve.worker.sampled import Logprobs, SampleOutput, ScoreOutput
 
 MIN_TEMPERATURE = 1e-30  # below it float32 would divide by zero; by then the draw is greedy anyway
 MAX_PLANS = 32
@@ -143,10 +143,8 @@ class Sampler:
             self._constraints.close()
 
     def append(self, slots: list[int], token_ids: torch.Tensor | list[int]) -> None:
-        """Counts one output token a slot, where a penalty or a grammar will ask for it."""
+        """Counts one output token a slot, where a penalty will ask for it. The constraints are told apart."""
         plan = self._plan(slots)
-        if plan.grammars is not None:
-            self._constraints.append(slots, token_ids)
         if plan.penalty is None:
             return
         rows, table_rows = plan.penalty[:2]
@@ -171,10 +169,9 @@ class Sampler:
                 f"token_ids: {outside[:8].tolist()} are outside the vocabulary of {self.vocab_size}"
             )
         counts = np.bincount(tokens[num_prompt_tokens:], minlength=self.vocab_size)
-        self._counts[row] = torch.from_numpy(counts).to(self.device)
         seen = np.zeros(self.vocab_size, dtype=bool)
         seen[tokens] = True
-        self._seen[row] = torch.from_numpy(seen).to(self.device)
+        self._counts[row], self._seen[row] = put([counts, seen], self.device)
         return row
 
     # -- the step ------------------------------------------------------------------------------
@@ -212,31 +209,19 @@ class Sampler:
         tokens = torch.where(valid, tokens, 0)
         if not plan.logprob_rows:
             return SampleOutput(tokens, valid, stuck)
-        logprobs = raw[plan.logprob_index].log_softmax(-1)
-        chosen = logprobs.gather(1, tokens[plan.logprob_index, None]).squeeze(1)
-        top = logprobs.topk(min(max(n for _, n in plan.logprob_rows), self.vocab_size))
-        return SampleOutput(tokens, valid, stuck, plan.logprob_rows, chosen, top.indices, top.values)
+        counts = [count for _, count in plan.logprob_rows]
+        logprobs = _logprobs(raw[plan.logprob_index], tokens[plan.logprob_index], counts)
+        return SampleOutput(tokens, valid, stuck, [row for row, _ in plan.logprob_rows], logprobs)
 
-    def score(
-        self, logits: torch.Tensor, targets: torch.Tensor, rows: list[tuple[int, int]]
-    ) -> list[list[TokenLogprob]]:
-        """Log-probabilities of given tokens: a list for each of rows, (slot, number of tokens).
+    def score(self, logits: torch.Tensor, targets: torch.Tensor, rows: list[tuple[int, int]]) -> ScoreOutput:
+        """Log-probabilities of given tokens: of as many of each of rows, (slot, number of tokens).
 
         logits [N, V >= vocab_size] of any float type, targets int64 [N], those of all rows one after another.
         Each has as many alternatives as its slot's prompt_logprobs asks for.
         """
-        logprobs = logits[:, : self.vocab_size].float().log_softmax(-1)
-        counts = [self._slots[slot].params.prompt_logprobs or 0 for slot, _ in rows]
-        chosen = logprobs.gather(1, targets[:, None]).squeeze(1).tolist()
-        top = logprobs.topk(min(max(counts), self.vocab_size))
-        entries = iter(zip(chosen, top.indices.tolist(), top.values.tolist(), strict=True))
-        return [
-            [
-                TokenLogprob(logprob=value, top_ids=ids[:count], top_logprobs=values[:count])
-                for value, ids, values in islice(entries, size)
-            ]
-            for (_, size), count in zip(rows, counts, strict=True)
-        ]
+        counts = [self._slots[slot].params.prompt_logprobs or 0 for slot, size in rows for _ in range(size)]
+        logprobs = _logprobs(logits[:, : self.vocab_size].float(), targets, counts)
+        return ScoreOutput(logprobs, [size for _, size in rows])
 
     def _edit(self, raw: torch.Tensor, plan: _Plan, positions: np.ndarray) -> torch.Tensor:
         """Scores after bias, penalties and all masks, [R, V]; raw itself where none applies now."""
@@ -245,13 +230,13 @@ class Sampler:
             rows, ids, values = plan.bias
             scores = scores.index_put((rows, ids), values, accumulate=True)
         if plan.penalty is not None:
-            scores = self._penalise(scores, *plan.penalty)
+            scores = penalised(scores, plan.penalty, self._seen, self._counts)
         if plan.ends is not None:
             rows, ids, allowed_from = plan.ends
             early = positions[rows] < allowed_from
             if early.any():
                 index = (self._index(rows[early]), self._index(ids[early]))
-                scores = scores.index_put(index, scores.new_tensor(-torch.inf))
+                scores = scores.index_put(index, scores.new_full((), -torch.inf))
         if plan.grammars is not None:
             rows = plan.grammars[0]
             forbidden = unset_bits(self._constraints.masks(), self.vocab_size, self.device)
@@ -262,28 +247,10 @@ class Sampler:
                 scores = scores.index_copy(0, rows, some)
         return scores
 
-    def _penalise(
-        self,
-        scores: torch.Tensor,
-        rows: torch.Tensor,
-        table_rows: torch.Tensor,
-        repetition: torch.Tensor,
-        presence: torch.Tensor,
-        frequency: torch.Tensor,
-    ) -> torch.Tensor:
-        """Penalises the tokens that a row has seen, a few among the whole vocabulary."""
-        which, tokens = true_entries(self._seen[table_rows])
-        index = (rows[which], tokens)
-        counts = self._counts[table_rows[which], tokens]
-        values, repetition = scores[index], repetition[which, 0]
-        values = torch.where(values < 0, values * repetition, values / repetition)
-        values = values - frequency[which, 0] * counts - presence[which, 0] * (counts > 0)
-        return scores.index_put(index, values)
-
     def _draw(self, scores: torch.Tensor, plan: _Plan, positions: np.ndarray) -> torch.Tensor:
         """Token ids int64 [R] of the random rows' scores [R, V], which are overwritten."""
         distance = scores.sub_(scores.amax(-1, keepdim=True)).div_(plan.temperature)
-        uniform = torch.from_numpy(uniforms(plan.seeds, positions[plan.random_rows])).to(self.device)
+        (uniform,) = put([uniforms(plan.seeds, positions[plan.random_rows])], self.device)
         if plan.filter is None:
             return pick(distance, uniform)
         if plan.unfiltered is None:
@@ -345,9 +312,9 @@ class Sampler:
         bounds = [k for k in top_k if k < self.vocab_size] + [NUCLEUS_CANDIDATES] * bool(nucleus)
         return Filter(
             top_k=self._index(top_k)[:, None],
-            top_p=self._column([p.top_p if p.top_p < 1.0 else np.inf for p in params], torch.float64),
+            top_p=self._column([p.top_p if p.top_p < 1.0 else np.inf for p in params], np.float64),
             min_distance=self._column([np.log(p.min_p) if p.min_p > 0 else -np.inf for p in params]),
-            unbounded=torch.tensor(unbounded, device=self.device)[:, None] if any(unbounded) else None,
+            unbounded=self._column(unbounded, np.bool_) if any(unbounded) else None,
             nucleus=self._index(nucleus) if nucleus else None,
             num_candidates=min(max(bounds, default=0), self.vocab_size),
         )
@@ -371,7 +338,7 @@ class Sampler:
         has_grammar = [bool(p.grammar) for p in params]
         if not any(has_grammar):
             return None
-        return self._index(np.flatnonzero(has_grammar)), torch.tensor(has_grammar, device=self.device)
+        return self._index(np.flatnonzero(has_grammar)), self._index(has_grammar, np.bool_)
 
     def _plan_ends(self, batch: list[_Slot]) -> tuple[np.ndarray, ...] | None:
         # An end token outside the vocabulary cannot be sampled, and so needs no mask.
@@ -384,8 +351,16 @@ class Sampler:
         ]
         return tuple(np.asarray(entries, dtype=np.int64).T) if entries else None
 
-    def _index(self, values) -> torch.Tensor:
-        return torch.as_tensor(np.asarray(values, dtype=np.int64), device=self.device)
+    def _index(self, values, dtype: type = np.int64) -> torch.Tensor:
+        return put([np.asarray(values, dtype=dtype)], self.device)[0]
 
-    def _column(self, values, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=self.device)[:, None]
+    def _column(self, values, dtype: type = np.float32) -> torch.Tensor:
+        return self._index(values, dtype)[:, None]
+
+
+def _logprobs(raw: torch.Tensor, tokens: torch.Tensor, counts: list[int]) -> Logprobs:
+    """Of tokens int64 [L], and of as many others as counts says, by their logits raw [L, V]."""
+    logprobs = raw.log_softmax(-1)
+    chosen = logprobs.gather(1, tokens[:, None]).squeeze(1)
+    top = logprobs.topk(min(max(counts, default=0), raw.shape[1]))
+    return Logprobs(counts, chosen, top.indices, top.values)

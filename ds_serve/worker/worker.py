@@ -23,7 +23,6 @@ from ds_serve.messages import (
     Row,
     SamplingParams,
     StepPlan,
-    StepResult,
 )
 from ds_serve.model.certificate import Certificate
 from ds_serve.model.loader import LoadedModel, ModelLoadError
@@ -31,9 +30,12 @@ from ds_serve.parallel.control import Progress
 from ds_serve.parallel.grid import Grid
 from ds_serve.worker.constraint import Constraints
 from ds_serve.worker.copier import Copier
+from ds_serve.worker.inputs import StepInputs, TokenPool, upload
+from ds_serve.worker.launched import Launched, Untold, timer
+from ds_serve.worker.sampled import SampleOutput, ScoreOutput
 from ds_serve.worker.sampler import Sampler
 from ds_serve.worker.sizes import cut_groups, num_blocks, num_host_blocks
-from ds_serve.worker.slots import SlotTable, StepInputs
+from ds_serve.worker.slots import HostStep, SlotTable
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ TIMED_ROUNDS = 3
 
 
 class Worker:
-    """step() maps a plan to its result. Steps must come in the order in which they were planned.
+    """launch() sets a plan going, whose result the Launched has. Plans must come in the order of planning.
 
     deliver gets the results of copies, fail the copier's error: on the copier's thread. constraints are there
     where the place samples.
@@ -92,6 +94,9 @@ class Worker:
         self._sampler: Sampler | None = None
         if grid.place.samples:
             self._sampler = Sampler(settings.max_num_seqs, model.vocab_size, model.device, constraints)
+        self._pool = TokenPool(settings.max_num_seqs, model.device)
+        self._constraints = constraints
+        self._untold = None if constraints is None else Untold(constraints)
         logger.info(
             "KV cache: %d blocks of %d tokens, %.2f GiB; groups of layers see so many tokens (0: all): %s",
             self.num_blocks, settings.block_size, self.num_blocks * layout.bytes_per_block / 2**30,
@@ -135,7 +140,7 @@ class Worker:
     @torch.inference_mode()
     def _prefill_seconds(self, settings: Settings) -> float:
         """Seconds for each token of a prompt chunk on this stage alone, whose shards must all do this."""
-        model, stage, device = self.model, self.model.stage, self.model.device
+        model, device = self.model, self.model.device
         count = min(settings.max_num_batched_tokens, self.max_model_len)
         if device.type == "cpu":
             count = min(count, TIMED_TOKENS_CPU)
@@ -146,15 +151,13 @@ class Worker:
         )
         hidden = None
         if not self.place.is_first_stage:
-            hidden = torch.randn(1, count, stage.hidden_size, device=device).to(stage.dtype)
+            hidden = torch.randn(1, count, model.stage.hidden_size, device=device).to(model.dtype)
         best = float("inf")
         for _ in range(TIMED_ROUNDS):
             self._slots.admit(new)
             began = time.perf_counter()
             row = Row(slot=0, start=0, count=count, new_block_ids=blocks, sample=True)
-            inputs = self._slots.build([row], self._slab, self.layout)
-            with use_batch(inputs.attention):
-                stage(inputs.input_ids, inputs.attention.positions, inputs.attention.sampled, hidden)
+            self._compute(upload(self._slots.gather([row]), self._slab, self.layout), hidden)
             get_accelerator().synchronize()
             best = min(best, (time.perf_counter() - began) / count)
         self._slab[: len(blocks)].zero_()
@@ -179,39 +182,44 @@ class Worker:
             windows=self.windows.reaches,
         )
 
-    @torch.inference_mode()
-    def step(self, plan: StepPlan) -> StepResult | None:
-        """Starts the plan's copies, and runs its rows through this rank's part of the model.
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether launch() returns before the device has computed the step."""
+        return self.model.device.type != "cpu"
 
-        None where there are no rows, and but on the rank that samples.
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Launched | None:
+        """Starts the plan's copies, and sends its rows through this rank's part of the model.
+
+        None where there are no rows.
         """
         if plan.loads or plan.stores:
             self._copier.start(plan.step, plan.loads, plan.stores)
         if not plan.rows:
             return None
-        progress, began = self._progress, time.perf_counter()
+        progress, clock = self._progress, timer(self.model.device)
         progress.step, progress.phase = plan.step, "compute"
-        for new in plan.new:
-            self._slots.admit(new)
-            if self._sampler is not None:
-                self._sampler.admit(new.slot, new.params, new.token_ids, new.num_prompt_tokens)
-        inputs = self._slots.build(plan.rows, self._slab, self.layout)
+        clock.begin()
+        self._admit(plan.new)
+        step = self._slots.gather(plan.rows)
+        has_masks = self._begin_masks(step, wait=False)
+        inputs = upload(step, self._slab, self.layout, self._pool)
         progress.batch = inputs.attention
-        if self._sampler is not None:
-            self._sampler.begin(inputs.slots)
-        hidden, waited = self._receive(inputs)
-        with use_batch(inputs.attention):
-            output = self.model.stage(
-                inputs.input_ids, inputs.attention.positions, inputs.attention.sampled, hidden
-            )
+        with clock.waiting():
+            hidden = self._receive(step.num_tokens)
+        output = self._compute(inputs, hidden)
+        if not has_masks:
+            self._begin_masks(step, wait=True)
+        drawn = scored = None
         if self.place.is_last_stage:
-            result = self._draw(plan, inputs, output)
+            drawn, scored = self._draw(step, inputs, output)
         else:
             self._grid.send_on(output)
-            result = None
-        progress.busy_s += time.perf_counter() - began - waited
-        progress.phase = "idle"
-        return result
+        clock.end()
+        launched = Launched(plan.step, clock, progress, drawn, scored, self.place.samples)
+        if self._untold is not None:
+            self._untold.add(launched, step.slots)
+        return launched
 
     def close(self) -> None:
         """Waits for the copies that were started. May be called twice."""
@@ -220,37 +228,53 @@ class Worker:
         if self._copier is not None:
             self._copier.close()
 
-    def _receive(self, inputs: StepInputs) -> tuple[torch.Tensor | None, float]:
-        """The hidden states [1, T, H] of the stage before (None on the first), and the seconds waited."""
+    def _admit(self, new: list[NewSequence]) -> None:
+        for each in new:
+            self._slots.admit(each)
+            if self._sampler is not None:
+                self._sampler.admit(each.slot, each.params, each.token_ids, each.num_prompt_tokens)
+            if self._untold is not None:
+                self._untold.forget(each.slot)
+
+    def _begin_masks(self, step: HostStep, wait: bool) -> bool:
+        """Starts computing what grammars allow; without wait only where they know all tokens: whether so."""
+        if self._untold is None or not any(map(self._constraints.holds, step.slots)):
+            return True
+        if not self._untold.tell(wait):
+            return False
+        self._sampler.begin(step.slots)
+        return True
+
+    def _receive(self, count: int) -> torch.Tensor | None:
+        """The hidden states [1, count, H] of the stage before; None on the first."""
         if self.place.is_first_stage:
-            return None, 0.0
-        began = time.perf_counter()
+            return None
         self._progress.phase = "receive"
-        stage, count = self.model.stage, inputs.input_ids.shape[1]
+        stage = self.model.stage
         hidden = torch.empty(1, count, stage.hidden_size, dtype=stage.dtype, device=self.model.device)
         self._grid.receive(hidden)
         self._progress.phase = "compute"
-        return hidden, time.perf_counter() - began
+        return hidden
 
-    def _draw(self, plan: StepPlan, inputs: StepInputs, logits: torch.Tensor) -> StepResult | None:
+    def _compute(self, inputs: StepInputs, hidden: torch.Tensor | None) -> torch.Tensor:
+        """This stage's output: logits of the tokens sampled, or hidden states."""
+        batch = inputs.attention
+        self.model.backend.prepare(batch)
+        with use_batch(batch):
+            return self.model.stage(inputs.input_ids, batch.positions, batch.sampled, hidden)
+
+    def _draw(
+        self, step: HostStep, inputs: StepInputs, logits: torch.Tensor
+    ) -> tuple[SampleOutput | None, ScoreOutput | None]:
         """Draws a token for each row that samples: once, on the first shard, which tells the others."""
-        token_ids, logprobs, num_drawn = [], [], len(inputs.slots)
-        if self._sampler is not None and inputs.slots:
-            drawn = self._sampler.sample(logits[:num_drawn], inputs.slots, inputs.positions)
-            token_ids, logprobs = drawn.to_host()
-        # The next step may be planned already: an invalid token stands in as 0 until its request ends.
-        usable = [max(token, 0) for token in token_ids]
-        if self._sampler is not None:
-            self._sampler.append(inputs.slots, usable)
-        if self.place.pp == 1:  # in a pipeline the first stage learns tokens from the next plan
-            usable = self._grid.share(usable, num_drawn)
-            self._slots.append(inputs.slots, inputs.positions, usable)
-        if not self.place.samples:
-            return None
-        asked = logprobs if any(logprob is not None for logprob in logprobs) else []
-        prompt_logprobs = []
-        if inputs.scored:
-            prompt_logprobs = self._sampler.score(logits[num_drawn:], inputs.targets, inputs.scored)
-        return StepResult(
-            step=plan.step, token_ids=token_ids, logprobs=asked, prompt_logprobs=prompt_logprobs
-        )
+        drawn = scored = None
+        num_drawn = len(step.slots)
+        if self._sampler is not None and num_drawn:
+            drawn = self._sampler.sample(logits[:num_drawn], step.slots, step.drawn_at)
+            self._sampler.append(step.slots, drawn.token_ids)
+        if num_drawn and self.place.pp == 1:  # in a pipeline the first stage learns tokens from the next plan
+            token_ids = torch.empty_like(inputs.slots) if drawn is None else drawn.token_ids
+            self._pool.put(inputs.slots, self._grid.share_tokens(token_ids))
+        if self._sampler is not None and step.scored:
+            scored = self._sampler.score(logits[num_drawn:], inputs.targets, step.scored).started()
+        return None if drawn is None else drawn.started(), scored

@@ -132,7 +132,7 @@ def sample(sampler, logits, slots, position=5):
 
 @pytest.mark.parametrize("temperature", [0.0, 2.0])
 @pytest.mark.parametrize("both", [False, True], ids=["one of two rows", "both rows"])
-def test_sampling_keeps_to_the_grammar(codec, grammars, sampler, temperature, both):
+def test_sampling_keeps_to_the_grammar(codec, grammars, constraints, sampler, temperature, both):
     digits = set(ids(codec, "0123456789"))
     free = SamplingParams(max_tokens=9, temperature=temperature, seed=1)
     bound = with_grammar(
@@ -147,7 +147,7 @@ def test_sampling_keeps_to_the_grammar(codec, grammars, sampler, temperature, bo
     assert logprobs[1].logprob == pytest.approx(wanted, abs=1e-4)
     best = max(digits, key=lambda token: logits[1, token])
     assert temperature or tokens[1] == best
-    sampler.append([4, 2], tokens)
+    constraints.append([4, 2], tokens)
     assert sample(sampler, logits[1:], [2])[0] == [END]
 
 

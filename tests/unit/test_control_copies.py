@@ -8,6 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import pytest
 from control_harness import HOUSE, SOON_S, Ranks, ranks_in
@@ -20,8 +21,20 @@ BAD_STEP = 1000
 ROWS = [Row(slot=0, start=0, count=1, sample=True)]
 
 
+@dataclass
+class Step:
+    """A launched step."""
+
+    result: StepResult | None
+
+    def finish(self) -> StepResult | None:
+        return self.result
+
+
 class Worker:
     """Copies on a thread of its own, which waits for free."""
+
+    runs_ahead = False
 
     def __init__(self, deliver, fail, samples: bool = True) -> None:
         self._samples = samples
@@ -31,11 +44,11 @@ class Worker:
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
-    def step(self, plan: StepPlan) -> StepResult | None:
+    def launch(self, plan: StepPlan) -> Step | None:
         for kind, pairs in (("load", plan.loads), ("store", plan.stores)):
             if pairs:
                 self._copies.put(CopyResult(rank=0, step=plan.step, kind=kind))
-        return StepResult(step=plan.step) if plan.rows and self._samples else None
+        return Step(StepResult(step=plan.step) if self._samples else None) if plan.rows else None
 
     def close(self) -> None:
         self._copies.put(None)
