@@ -25,6 +25,9 @@ from ds_serve.attention.latent import LatentProjection
 from ds_serve.attention.layout import LayerKV
 
 NAME = "ds_paged"
+# The same without a mask function, where masks tell nothing that the attention call does not tell too:
+# building one waits for the device at each step, to ask whether the positions are of several sequences.
+NAME_WITHOUT_MASK = NAME + "_no_mask"
 NAME_ADAPTED = NAME + "_adapted"  # of models that model/adapters.py has changed: another mask
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
@@ -63,9 +66,10 @@ class MaskSpec:
 
 @dataclass
 class _Recorder:
-    """What a dry forward leaves: (layer_idx, shape) of each call, in order."""
+    """What a dry forward leaves: (layer_idx, shape) of each call, in order, and whether masks mattered."""
 
     calls: list[tuple[int, LayerKV]] = field(default_factory=list)
+    needs_mask: bool = False
 
 
 _recorder: ContextVar[_Recorder | None] = ContextVar("ds_serve_attention_recorder", default=None)
@@ -124,7 +128,9 @@ def paged_attention(
         query, key = latent.absorb(query, key)
     recorder = _recorder.get()
     if recorder is not None:
-        local = [size for size in _locality(module, attention_mask, sliding_window) if size]
+        locality = _locality(module, attention_mask, sliding_window)
+        recorder.needs_mask |= locality != (sliding_window, None)
+        local = [size for size in locality if size]
         shape = LayerKV(key.shape[1], key.shape[3], value.shape[3]) if latent is None else latent.shape
         shape = replace(shape, reach=min(local, default=0))
         recorder.calls.append((module.layer_idx, shape))
@@ -256,7 +262,8 @@ def probe_layers(
     """KV shapes on this rank of the given layers (all by default), in order, from a forward of two tokens.
 
     Nothing is attended to and no KV is written; the weights' contents do not matter. forward runs
-    the model on any input; a pipeline stage gives its own, and the layer_idx it holds as layers.
+    the model on any input; a pipeline stage gives its own, and the layer_idx it holds as layers. Where no
+    layer learns anything from a mask, the model builds none from now on.
     UnsupportedModelError unless each of these layers calls ds_paged exactly once, in order.
     """
     config = model.config.get_text_config(decoder=True)
@@ -280,6 +287,8 @@ def probe_layers(
             f"{type(model).__name__}: each decoder layer must call attention once and in order; expected "
             f"layers {expected}, the dry forward called {found}"
         )
+    if not recorder.needs_mask and not _is_adapted(model):
+        model.set_attn_implementation(NAME_WITHOUT_MASK)
     return [shape for _, shape in recorder.calls]
 
 
@@ -291,5 +300,6 @@ def _dry_forward(model: PreTrainedModel) -> None:
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, paged_attention)
+ALL_ATTENTION_FUNCTIONS.register(NAME_WITHOUT_MASK, paged_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, paged_mask)
 ALL_MASK_ATTENTION_FUNCTIONS.register(NAME_ADAPTED, adapted_mask)

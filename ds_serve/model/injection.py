@@ -22,12 +22,11 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ds_serve.attention.backends import Backend
 from ds_serve.attention.builder import load_ops
 from ds_serve.attention.context import AttentionBatch, use_batch
-from ds_serve.attention.interface import NAME, paged_attention
+from ds_serve.attention.interface import NAME, NAME_WITHOUT_MASK
 from ds_serve.attention.layout import KVLayout, LayerKV
 from ds_serve.model.certificate import FUSED
 from ds_serve.model.fused_cpu import FusedDecoderLayer, FusedRMSNorm, LayerList, PackedEmbedding, PackedLinear
@@ -43,11 +42,6 @@ FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "
 # Largest accepted ||fused - original|| / ||original - input||, norms over the probe's tokens. Sums in
 # another order flip last bits of bf16 (2^-9): what is seen is 0.002 to 0.006; a wrong weight gives over 0.05.
 MAX_RELATIVE_ERROR = 0.02
-
-# Attention as NAME does it, under a name without a mask function: transformers then builds no mask, which
-# costs as much as a fused layer in a decode step. The known families give a window to attention itself.
-NAME_WITHOUT_MASK = NAME + "_no_mask"
-ALL_ATTENTION_FUNCTIONS.register(NAME_WITHOUT_MASK, paged_attention)
 
 _PROBE_LENGTHS = (3, 14)  # two sequences; with 17 tokens a product has more than one tile of rows
 
@@ -127,7 +121,6 @@ def _shorten_loop(model: nn.Module) -> None:
     if isinstance(base.layers[-1], FusedDecoderLayer):
         base.layers[-1].is_last = True
     base.layers = LayerList(base.layers)
-    model.config._attn_implementation = NAME_WITHOUT_MASK
 
 
 def _unavailable(model: nn.Module) -> str | None:
@@ -303,7 +296,7 @@ def _check_layer(layer: nn.Module, family: tuple[str, str], sharded: bool) -> No
 
 
 def _check_attention(attention: nn.Module) -> None:
-    if attention.config._attn_implementation != NAME:
+    if attention.config._attn_implementation not in (NAME, NAME_WITHOUT_MASK):
         raise _Mismatch(f"attention is {attention.config._attn_implementation!r}, not {NAME!r}")
     d, hidden = attention.head_dim, attention.q_proj.weight.shape[1]
     q, k, v = (len(getattr(attention, n).weight) for n in ("q_proj", "k_proj", "v_proj"))

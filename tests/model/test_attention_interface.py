@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ds_serve.attention.backends import select_backend
 from ds_serve.attention.context import AttentionBatch, use_batch
 from ds_serve.attention.interface import (
+    NAME,
+    NAME_WITHOUT_MASK,
     MaskSpec,
     UnsupportedModelError,
     install,
@@ -139,6 +141,15 @@ def installed(name: str, **options):
     model = make_model(name, **options)
     install(model, ReferenceBackend())
     return model
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("gemma2", NAME_WITHOUT_MASK), ("llama4_text", NAME)])
+def test_masks_are_built_only_where_they_tell_more_than_the_attention_call(name, wanted):
+    """Gemma gives a layer's window to attention itself, Llama 4 a layer's chunk to the mask alone."""
+    model = installed(name, **MODELS[name])
+    probe_layers(model)
+    configs = {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")}
+    assert configs == {wanted}
 
 
 def test_probe_refuses_layers_that_do_not_call_once():
