@@ -23,7 +23,7 @@ def put(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor
         return [torch.from_numpy(array) for array in arrays]
     ends = np.cumsum([-(-array.nbytes // _ALIGN_BYTES) * _ALIGN_BYTES for array in arrays]).tolist()
     starts = [0, *ends[:-1]]
-    packed = np.empty(ends[-1], dtype=np.uint8)
+    packed = np.empty(max(ends[-1], 1), dtype=np.uint8)  # torch views no bytes of none as another dtype
     for array, start in zip(arrays, starts, strict=True):
         packed[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     # The allocator of pinned memory gives the buffer out again only once the copy has been made.
