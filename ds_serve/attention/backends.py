@@ -6,25 +6,29 @@ comes with the batch.
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal, Protocol
 
 import torch
 
+from ds_serve.attention import cpu
 from ds_serve.attention.context import AttentionBatch
-from ds_serve.attention.cpu import CpuBackend, unavailable_reason
 from ds_serve.attention.reference import ReferenceBackend
 
-Preference = Literal["auto", "reference", "cpu"]
+Preference = Literal["auto", "reference", "cpu", "flashinfer"]
 
 
 class Backend(Protocol):
     """Paged attention over one slab.
 
     captures: whether forward, as things stand, can be captured in a CUDA graph: it waits for nothing.
+    reads_tables: whether forward reads block_tables, query_start and context_len of a batch that has host. A
+    backend that does not needs block_tables' width still: a graph's are to be as wide as they may become.
     """
 
     name: str
     captures: bool
+    reads_tables: bool
 
     def prepare(self, batch: AttentionBatch) -> None:
         """A step's work on the host, before the model runs and outside of a captured graph.
@@ -67,13 +71,32 @@ def select_backend(
     RuntimeError if prefer names one that cannot run here, with the reason; ValueError if there is none
     of that name.
     """
+    device = torch.device(device)
     if prefer == "reference":
         return ReferenceBackend()
-    if prefer not in ("auto", "cpu"):
-        raise ValueError(f"prefer: must be 'auto', 'reference' or 'cpu', got {prefer!r}")
-    reason = unavailable_reason(torch.device(device), dtype, block_size)
+    if prefer not in ("auto", "cpu", "flashinfer"):
+        raise ValueError(f"prefer: must be 'auto', 'reference', 'cpu' or 'flashinfer', got {prefer!r}")
+    if prefer == "flashinfer" or (prefer == "auto" and device.type == "cuda"):
+        return _on_cuda(device, dtype, prefer)
+    reason = cpu.unavailable_reason(device, dtype, block_size)
     if reason is None:
-        return CpuBackend()
+        return cpu.CpuBackend()
     if prefer == "cpu":
         raise RuntimeError(f"attention backend 'cpu' cannot run here: {reason}")
+    return ReferenceBackend()
+
+
+def _on_cuda(device: torch.device, dtype: torch.dtype, prefer: Preference) -> Backend:
+    from ds_serve.attention import flashinfer  # imports triton, which takes its time
+
+    reason = flashinfer.unavailable_reason(device, dtype)
+    if reason is None:
+        return flashinfer.FlashInferBackend(device, dtype)
+    if prefer == "flashinfer":
+        raise RuntimeError(f"attention backend 'flashinfer' cannot run here: {reason}")
+    warnings.warn(
+        f"attention is plain PyTorch, which is slow, and not FlashInfer: {reason}",
+        RuntimeWarning,
+        stacklevel=3,
+    )
     return ReferenceBackend()

@@ -35,6 +35,7 @@ class CpuBackend:
 
     name = "cpu"
     captures = False
+    reads_tables = True
 
     def prepare(self, batch: AttentionBatch) -> None:
         """There is nothing to plan."""

@@ -44,6 +44,7 @@ class ReferenceBackend:
 
     name = "reference"
     captures = False
+    reads_tables = True
 
     def prepare(self, batch: AttentionBatch) -> None:
         """There is nothing to plan."""
