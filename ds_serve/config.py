@@ -141,6 +141,9 @@ class Settings(BaseSettings):
 
     attention: Literal["auto", "reference", "cpu"] = Field("auto", description="attention backend")
     injection: Literal["auto", "off"] = Field("auto", description="fused modules for known layers")
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="decoder layers that are not fused by torch.compile; auto: on CUDA"
+    )
     latent_cache: Literal["auto", "off"] = Field(
         "auto",
         description="cache latents in place of keys and values where the model has them (DeepSeek); "
@@ -152,8 +155,10 @@ class Settings(BaseSettings):
     stage_layers: Counts | None = Field(
         None, description="decoder layers of each stage (10,12,10); default: balanced by weight"
     )
-    all_reduce: Literal["auto", "shared_memory", "group"] = Field(
-        "auto", description="sum over tensor shards on CPU: DeepSpeed's shared memory, or the process group"
+    all_reduce: Literal["auto", "shared_memory", "peer", "group"] = Field(
+        "auto",
+        description="sum over tensor shards: DeepSpeed's shared memory (CPU), peer memory (CUDA), or the "
+        "process group",
     )
     rank_timeout: float = Field(
         5.0, ge=1, description="seconds without a sign of progress after which a rank counts as lost"

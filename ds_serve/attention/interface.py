@@ -20,9 +20,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ds_serve.attention.backends import Backend
-from ds_serve.attention.context import get_batch
+from ds_serve.attention.context import current_batch, get_batch
 from ds_serve.attention.latent import LatentProjection
 from ds_serve.attention.layout import LayerKV
+from ds_serve.attention.opaque import number_of
 
 NAME = "ds_paged"
 # The same without a mask function, where masks tell nothing that the attention call does not tell too:
@@ -126,27 +127,37 @@ def paged_attention(
     latent = LatentProjection.of(module)
     if latent is not None:
         query, key = latent.absorb(query, key)
-    recorder = _recorder.get()
-    if recorder is not None:
-        locality = _locality(module, attention_mask, sliding_window)
-        recorder.needs_mask |= locality != (sliding_window, None)
-        local = [size for size in locality if size]
-        shape = LayerKV(key.shape[1], key.shape[3], value.shape[3]) if latent is None else latent.shape
-        shape = replace(shape, reach=min(local, default=0))
-        recorder.calls.append((module.layer_idx, shape))
-    if recorder is not None or key.shape[1] == 0:
-        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
-    backend: Backend | None = getattr(module, "ds_paged_backend", None)
-    if backend is None:
-        raise RuntimeError(f"{type(module).__name__} has no attention backend: call install(model, backend)")
-    batch = get_batch()
-    batch.num_calls += 1
     window, chunk = _locality(module, attention_mask, sliding_window)
-    out = backend.forward(
-        module.layer_idx - batch.layout.first_layer,
+    packed = (
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         None if latent is not None else value[0].transpose(0, 1),
+    )
+    if torch.compiler.is_compiling():
+        width = value.shape[3] if latent is None else latent.rank
+        number = _installed(module, "ds_paged_number")
+        out = torch.ops.ds_serve_paged.attend(
+            *packed, number, scale, window, chunk, softcap, s_aux, key_bias, width
+        )
+        return (out if latent is None else latent.expand(out))[None], None
+    recorder = _recorder.get()
+    if recorder is not None:
+        shape = LayerKV(key.shape[1], key.shape[3], value.shape[3]) if latent is None else latent.shape
+        shape = replace(shape, reach=min((size for size in (window, chunk) if size), default=0))
+        recorder.calls.append((module.layer_idx, shape))
+        recorder.needs_mask |= (window, chunk) != (sliding_window, None)
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+    if key.shape[1] == 0:
+        batch = current_batch.get()
+        if batch is not None:
+            batch.num_calls += 1
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+    backend: Backend = _installed(module, "ds_paged_backend")
+    batch = get_batch()
+    batch.num_calls += 1
+    out = backend.forward(
+        module.layer_idx - batch.layout.first_layer,
+        *packed,
         batch,
         scale=scale,
         window=window,
@@ -156,6 +167,14 @@ def paged_attention(
         key_bias=key_bias,
     )
     return (out if latent is None else latent.expand(out))[None], None
+
+
+def _installed(module: nn.Module, name: str) -> Any:
+    """What install() left on an attention module under name."""
+    found = getattr(module, name, None)
+    if found is None:
+        raise RuntimeError(f"{type(module).__name__} has no attention backend: call install(model, backend)")
+    return found
 
 
 def _refuse_unknown(module: nn.Module, mask: Any, is_causal: bool | None, kwargs: dict[str, Any]) -> None:
@@ -182,7 +201,7 @@ def _locality(
     """(window, chunk) of a layer: from the keyword, or from the mask where a model gives it to that only."""
     if mask is None:
         return sliding_window, None
-    if _is_chunked(module):
+    if getattr(module, "ds_paged_chunked", False):
         return sliding_window, mask.local_size
     if sliding_window is not None and sliding_window != mask.local_size:
         raise UnsupportedModelError(
@@ -220,6 +239,7 @@ def install(model: PreTrainedModel, backend: Backend) -> None:
         model.config._attn_implementation = name
     else:
         model.set_attn_implementation(name)
+    number = number_of(backend)
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module.config._attn_implementation != name:
             raise UnsupportedModelError(
@@ -227,7 +247,8 @@ def install(model: PreTrainedModel, backend: Backend) -> None:
                 f"when asked for {name!r}"
             )
         if hasattr(module, "layer_idx"):
-            module.ds_paged_backend = backend
+            module.ds_paged_backend, module.ds_paged_number = backend, number
+            module.ds_paged_chunked = _is_chunked(module)
 
 
 def _is_adapted(module: nn.Module) -> bool:

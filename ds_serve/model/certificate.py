@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-FUSED, AS_IS = "fused", "as is"
+FUSED, COMPILED, AS_IS = "fused", "compiled", "as is"
 
 
 class Row(msgspec.Struct, kw_only=True):
@@ -20,7 +20,7 @@ class Row(msgspec.Struct, kw_only=True):
     over           tokens above their bound, and over_allowed how many may be: one on the border between two
                    experts may take another
     total          error of all the parts so far, and total_bound; shares of the hidden state
-    done           FUSED, or why the module runs as transformers wrote it
+    done           FUSED, COMPILED, or why the module runs as transformers wrote it
     """
 
     name: str
@@ -134,7 +134,7 @@ class Certificate(msgspec.Struct, kw_only=True):
         """Why parts run as transformers wrote them: the classes of those parts by reason."""
         kept: dict[str, list[str]] = {}
         for row in self.rows:
-            if row.done not in (FUSED, AS_IS):
+            if row.done not in (FUSED, COMPILED, AS_IS):
                 kinds = kept.setdefault(row.done, [])
                 kinds += [row.kind] if row.kind not in kinds else []
         return kept
@@ -171,7 +171,7 @@ class Certificate(msgspec.Struct, kw_only=True):
 
 
 def _brief(row: Row) -> str:
-    return FUSED if row.done == FUSED else AS_IS
+    return row.done if row.done in (FUSED, COMPILED) else AS_IS
 
 
 def _size(number: int) -> str:

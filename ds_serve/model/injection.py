@@ -15,7 +15,6 @@ import functools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -28,8 +27,8 @@ from ds_serve.attention.builder import load_ops
 from ds_serve.attention.context import AttentionBatch, use_batch
 from ds_serve.attention.interface import NAME, NAME_WITHOUT_MASK
 from ds_serve.attention.layout import KVLayout, LayerKV
-from ds_serve.model.certificate import FUSED
 from ds_serve.model.fused_cpu import FusedDecoderLayer, FusedRMSNorm, LayerList, PackedEmbedding, PackedLinear
+from ds_serve.model.report import InjectionReport
 from ds_serve.model.sharding import ShardedHead
 from ds_serve.model.stage import Elsewhere
 
@@ -48,31 +47,6 @@ _PROBE_LENGTHS = (3, 14)  # two sequences; with 17 tokens a product has more tha
 
 class _Mismatch(Exception):
     """A module is not exactly what a fused one replaces; the message is the reason reported."""
-
-
-@dataclass
-class InjectionReport:
-    """What inject() did. Modules are decoder layers, the final norm, and the head with its tied embedding.
-
-    reasons counts the kept modules by reason; max_error is the largest relative error of those injected.
-    choices says of each module by name ("layer 3", "norm", "head") that it is FUSED, or why it is kept.
-    """
-
-    injected: int = 0
-    kept: int = 0
-    reasons: dict[str, int] = field(default_factory=dict)
-    max_error: float = 0.0
-    choices: dict[str, str] = field(default_factory=dict)
-
-    def fuse(self, name: str, error: float) -> None:
-        self.injected += 1
-        self.max_error = max(self.max_error, error)
-        self.choices[name] = FUSED
-
-    def keep(self, reason: str, *names: str) -> None:
-        self.kept += len(names)
-        self.reasons[reason] = self.reasons.get(reason, 0) + len(names)
-        self.choices |= dict.fromkeys(names, reason)
 
 
 @torch.no_grad()
@@ -96,7 +70,7 @@ def inject(
     reason = "mode is off" if mode == "off" else _unavailable(model)
     if reason is None and not sites:
         reason = f"{type(model).__name__} is of no known family"
-    reason = _agreed(reason, reduce)
+    reason = agreed(reason, reduce)
     if reason is not None:
         names = [name for name, _ in sites] or [f"layer {index}" for _, index in _decoder_layers(model)]
         report.keep(reason, *names)
@@ -245,7 +219,7 @@ def _packed(head: nn.Module) -> tuple[PackedLinear, float]:
 # ---- what all shards do, all do ----
 
 
-def _agreed(reason: str | None, reduce: Reduce | None) -> str | None:
+def agreed(reason: str | None, reduce: Reduce | None) -> str | None:
     """This shard's reason to leave a module alone, or another shard's, so that all take the same way."""
     if reduce is None:
         return reason
@@ -262,7 +236,7 @@ def _together(reduce: Reduce | None) -> Iterator[None]:
         yield
     except _Mismatch as mismatch:
         reason = str(mismatch)
-    reason = _agreed(reason, reduce)
+    reason = agreed(reason, reduce)
     if reason is not None:
         raise _Mismatch(reason)
 

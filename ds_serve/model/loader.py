@@ -2,7 +2,8 @@
 
 The module is transformers' own: it is built on the meta device and cut to this rank's stage, each of the
 stage's tensors is read once from safetensors (memory-mapped), its attention becomes ds_paged, and known
-layers are swapped for fused ones. Knows no request, no batch and no KV pool. Called by the worker.
+layers are swapped for fused ones, others compiled. Knows no request, no batch and no KV pool. Called by the
+worker.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ from ds_serve.attention.layout import KVLayout
 from ds_serve.config import Settings
 from ds_serve.model.adapter_files import read_adapters
 from ds_serve.model.adapters import adapt, plain_attention
+from ds_serve.model.compiled import compile_layers
 from ds_serve.model.errors import ModelLoadError
-from ds_serve.model.injection import InjectionReport, inject
+from ds_serve.model.injection import inject
 from ds_serve.model.lora import attach
 from ds_serve.model.parity import plain_output, try_adapters, verify_paged
 from ds_serve.model.quantised import alone, explained, name_skipped, prepare, settle
+from ds_serve.model.report import InjectionReport
 from ds_serve.model.rope import settle_rope
 from ds_serve.model.sharding import shard
 from ds_serve.model.stage import Parts, Stage, cut_points, drop_tied_embedding, stage_class
@@ -83,11 +86,12 @@ def load(settings: Settings, grid: Grid | None = None) -> LoadedModel:
     settle_rope(stage.module, max_model_len)
     reduce = grid.all_reduce if grid.place.tp > 1 else None
     report = inject(stage.module, backend, settings.injection, reduce)
+    compile_layers(stage, layout, grid, report, settings.compile)
     logger.info(
-        "%s: %s, %s on %s, attention %s, %d modules fused, %d as they are",
+        "%s: %s, %s on %s, attention %s, %d modules fused, %d compiled, %d as they are",
         settings.name if grid.place.world_size == 1 else f"{settings.name}, {grid.place}",
         type(stage.module).__name__, str(stage.dtype).removeprefix("torch."), device, backend.name,
-        report.injected, report.kept,
+        report.injected, report.compiled, report.kept,
     )  # fmt: skip
     return LoadedModel(
         stage=stage,

@@ -39,18 +39,18 @@ def has_experts(module: nn.Module) -> bool:
 
 @dataclass
 class Probe:
-    """One sequence: ids int64[1, NUM_TOKENS] and, after the first stage, hidden [1, NUM_TOKENS, H]."""
+    """One sequence: ids int64[1, num_tokens] and, after the first stage, hidden [1, num_tokens, H]."""
 
     ids: torch.Tensor
     hidden: torch.Tensor | None
 
     @classmethod
-    def of(cls, stage: Stage, device: torch.device) -> Probe:
+    def of(cls, stage: Stage, device: torch.device, num_tokens: int = NUM_TOKENS) -> Probe:
         """Random, the same at every call and on every shard."""
         generator = torch.Generator().manual_seed(0)
         vocab = stage.module.config.get_text_config(decoder=True).vocab_size
-        ids = torch.randint(0, vocab, (1, NUM_TOKENS), generator=generator)
-        hidden = torch.randn(1, NUM_TOKENS, stage.hidden_size, generator=generator)
+        ids = torch.randint(0, vocab, (1, num_tokens), generator=generator)
+        hidden = torch.randn(1, num_tokens, stage.hidden_size, generator=generator)
         first = stage.place.is_first_stage
         return cls(ids.to(device), None if first else hidden.to(device, stage.dtype))
 
@@ -99,7 +99,7 @@ def verify_paged(stage: Stage, wanted: torch.Tensor, layout: KVLayout, backend: 
     slab = layout.allocate(-(-NUM_TOKENS // layout.block_size) + 1, wanted.device)
     parts = []
     for start, end in ((0, cut), (cut, NUM_TOKENS)):
-        with torch.inference_mode(), use_batch(_chunk(layout, slab, start, end)):
+        with torch.inference_mode(), use_batch(chunk(layout, slab, start, end)):
             parts.append(probe.run(stage, start, end))
     wanted, found = wanted.float(), torch.cat(parts).float()
     differences = (found - wanted).abs().amax(-1) / wanted.abs().max().clamp_min(1e-6)
@@ -122,7 +122,7 @@ def try_adapters(stage: Stage, count: int, layout: KVLayout, device: torch.devic
     UnsupportedModelError where the output is not finite.
     """
     slab = layout.allocate(-(-NUM_TOKENS // layout.block_size) + 1, device)
-    batch = _chunk(layout, slab, 0, NUM_TOKENS)
+    batch = chunk(layout, slab, 0, NUM_TOKENS)
     batch.adapters = AdapterRows(batch.positions % (count + 1), 1, count)
     with torch.inference_mode(), use_batch(batch):
         out = Probe.of(stage, device).run(stage)
@@ -132,7 +132,7 @@ def try_adapters(stage: Stage, count: int, layout: KVLayout, device: torch.devic
         )
 
 
-def _chunk(layout: KVLayout, slab: torch.Tensor, start: int, end: int) -> AttentionBatch:
+def chunk(layout: KVLayout, slab: torch.Tensor, start: int, end: int) -> AttentionBatch:
     """One sequence's positions start .. end - 1, in blocks from 1 on."""
     device = slab.device
     positions = torch.arange(start, end, device=device)

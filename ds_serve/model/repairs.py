@@ -21,6 +21,7 @@ from transformers.models.nanochat.modeling_nanochat import NanoChatRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from ds_serve.attention.interface import UnsupportedModelError
+from ds_serve.attention.opaque import ShardSum
 from ds_serve.model.kv_heads import KV_FIELDS, copy_kv_heads, each_parameter, fill_query_heads
 from ds_serve.parallel.grid import Grid
 from ds_serve.parallel.place import Place
@@ -292,11 +293,11 @@ class ShardedRMSNorm(nn.Module):
     def __init__(self, norm: nn.Module, columns: slice, grid: Grid) -> None:
         super().__init__()
         self.weight = nn.Parameter(norm.weight.detach()[columns].clone(), requires_grad=False)
-        self.epsilon, self.width, self.grid = _epsilon(norm), len(norm.weight), grid
+        self.epsilon, self.width, self.shard_sum = _epsilon(norm), len(norm.weight), ShardSum(grid)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wide = x.float()
-        squares = self.grid.all_reduce(wide.square().sum(-1, keepdim=True))
+        squares = self.shard_sum(wide.square().sum(-1, keepdim=True))
         return (wide * torch.rsqrt(squares / self.width + self.epsilon) * self.weight.float()).to(x.dtype)
 
 
@@ -383,4 +384,5 @@ def _sum_outputs(experts: nn.Module, width: int, grid: Grid) -> None:
     for name in ("intermediate_dim", "intermediate_size", "expert_dim", "ffn_hidden_size"):
         if hasattr(experts, name):
             setattr(experts, name, width)
-    experts.register_forward_hook(lambda module, args, output: grid.all_reduce(output.contiguous()))
+    shard_sum = ShardSum(grid)
+    experts.register_forward_hook(lambda module, args, output: shard_sum(output.contiguous()))
