@@ -139,7 +139,9 @@ class Settings(BaseSettings):
         None, ge=1, le=64, description="steps planned ahead; default: 2, in a pipeline the number of stages"
     )
 
-    attention: Literal["auto", "reference", "cpu"] = Field("auto", description="attention backend")
+    attention: Literal["auto", "reference", "cpu", "flashinfer"] = Field(
+        "auto", description="attention backend; auto: FlashInfer on CUDA, the C++ op on CPU, else the reference"
+    )
     injection: Literal["auto", "off"] = Field("auto", description="fused modules for known layers")
     compile: Literal["auto", "on", "off"] = Field(
         "auto", description="decoder layers that are not fused by torch.compile; auto: on CUDA"
