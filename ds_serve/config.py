@@ -140,7 +140,8 @@ class Settings(BaseSettings):
     )
 
     attention: Literal["auto", "reference", "cpu", "flashinfer"] = Field(
-        "auto", description="attention backend; auto: FlashInfer on CUDA, the C++ op on CPU, else the reference"
+        "auto",
+        description="attention backend; auto: FlashInfer on CUDA, the C++ op on CPU, else the reference",
     )
     injection: Literal["auto", "off"] = Field("auto", description="fused modules for known layers")
     compile: Literal["auto", "on", "off"] = Field(
