@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from tiny_models import ADAPTED, build
 from transformers import T5Config, T5ForConditionalGeneration
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 FOUR = {"num_hidden_layers": 4}
 WINDOW = {"sliding_window": 8}
@@ -242,7 +243,7 @@ STATE, INTERFACE, BOTH_WAYS = "recurrent state", "AttentionInterface", "bidirect
 
 # name -> (model_type, what differs, words of the sentence)
 REFUSED: dict[str, tuple[str, dict, str]] = {
-    "axk2": ("axk2", INDEXED, "indexed_attention"),
+    "axk2": ("axk2", INDEXED, "layers of type"),
     "bailing_hybrid": ("bailing_hybrid", WIDE_HEADS | EXPERTS | {"n_group": 1, "topk_group": 1}, STATE),
     "bamba": ("bamba", {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8}, STATE),
     "bart": ("bart", BART, BOTH_WAYS),
@@ -252,13 +253,13 @@ REFUSED: dict[str, tuple[str, dict, str]] = {
     "blenderbot": ("blenderbot", BART, BOTH_WAYS),
     "codegen": ("codegen", GPT | {"rotary_dim": 4}, INTERFACE),
     "cpmant": ("cpmant", {"dim_head": 8, "dim_ff": 96}, INTERFACE),
-    "deepseek_v32": ("deepseek_v32", INDEXED, "indexed_attention"),
+    "deepseek_v32": ("deepseek_v32", INDEXED, "layers of type"),
     "deepseek_v4": ("deepseek_v4", WIDE_HEADS | ROUTED | LATENT, STATE),
     "diffllama": ("diffllama", {}, "must call attention once"),
     "doge": ("doge", WINDOW, "makes no mask"),
     "falcon_mamba": ("falcon_mamba", MAMBA, STATE),
     "git": ("git", {"vision_config": VISION}, "must call attention once"),
-    "glm_moe_dsa": ("glm_moe_dsa", INDEXED, "indexed_attention"),
+    "glm_moe_dsa": ("glm_moe_dsa", INDEXED, "layers of type"),
     "got_ocr2": ("got_ocr2", {
         "text_config": TEXT | {"model_type": "qwen2"},
         "vision_config": {
@@ -274,7 +275,7 @@ REFUSED: dict[str, tuple[str, dict, str]] = {
         "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8,
     }, STATE),
     "hrm_text": ("hrm_text", {}, "must call attention once"),
-    "hy_v4": ("hy_v4", WIDE_HEADS | EXPERTS | ROUTED | LATENT, "indexed_attention"),
+    "hy_v4": ("hy_v4", WIDE_HEADS | EXPERTS | ROUTED | LATENT, "layers of type"),
     "inkling_text": ("inkling_text", WIDE_HEADS, "hybrid_sliding"),
     "jamba": ("jamba", {"num_experts": 4, "num_experts_per_tok": 2, "mamba_d_state": 8}, STATE),
     "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}, "conv"),
@@ -308,6 +309,11 @@ ONE_OF_EACH = [
     "bart", "bert_encoder", "deepseek_v32", "diffllama", "doge", "gpt_neo", "lfm2", "mamba", "qwen3_next",
     "t5",
 ]  # fmt: skip
+
+
+def is_known(name: str) -> bool:
+    """Whether the installed transformers has the architecture of SERVED or REFUSED by that name."""
+    return (SERVED.get(name) or REFUSED[name])[0] in CONFIG_MAPPING
 
 
 def tiny(name: str):

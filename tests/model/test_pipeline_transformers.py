@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -23,6 +24,7 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if not loop.last %}\n{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}\n<|assistant|>{% endif %}"
 )
+BEFORE_5_23 = Version(transformers.__version__) < Version("5.23")
 PROMPTS = ["The quick", "An increasing sequence: one", "", "Ein größeres 🙂", "x"]
 CHAT = [{"role": "user", "content": "What is it?"}]
 PREFILLED = [*CHAT, {"role": "assistant", "content": "It is"}]
@@ -96,9 +98,12 @@ def test_shapes_and_greedy_text_are_those_of_transformers(ours, theirs, name, in
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("inputs", [PROMPTS[:4], PREFILLED], ids=["texts", "chat"])
 def test_arguments_mean_what_they_mean_to_transformers(ours, theirs, name, inputs):
+    if BEFORE_5_23 and name.startswith("max_length"):
+        pytest.skip("transformers' own pipeline (5.17) lets its default max_new_tokens override max_length")
     assert ours(inputs, **CALLS[name]) == theirs(inputs, **CALLS[name])
 
 
+@pytest.mark.skipif(BEFORE_5_23, reason="transformers' own pipeline (5.17) fails with several stop strings")
 def test_stop_strings_end_with_the_token_that_completes_one(ours, theirs):
     whole = ours(PROMPTS, return_full_text=False, **GREEDY)
     found = [re.findall(r"[a-z]{2}", record["generated_text"][1:-1]) for [record] in whole]

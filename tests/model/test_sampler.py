@@ -55,7 +55,7 @@ def reference(params: SamplingParams, logits: torch.Tensor, tokens=(), num_promp
     """The same by transformers' processors, in the order in which generate applies them."""
     chain = LogitsProcessorList()
     if params.logit_bias:
-        chain.append(SequenceBiasLogitsProcessor([[[t], float(b)] for t, b in params.logit_bias.items()]))
+        chain.append(SequenceBiasLogitsProcessor({(t,): float(b) for t, b in params.logit_bias.items()}))
     if params.repetition_penalty != 1.0:
         chain.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
     if params.min_tokens:
