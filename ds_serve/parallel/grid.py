@@ -1,7 +1,9 @@
 """This rank's groups in the (stage, tensor) grid, and what ranks send one another while they compute.
 
-DeepSpeed makes the groups and does the collectives; what is our own is its shared-memory all-reduce per
-tensor group (shm.py). Knows no model, no plan and no request. Made by rank.py; used by model/ and worker/.
+DeepSpeed makes the groups of shards and does the collectives; what is our own is the all-reduce per tensor
+group, through shared memory on CPU (shm.py) and peer memory on CUDA (peer.py), and a group for each pair of
+neighbours along the pipeline. Knows no model, no plan and no request. Made by rank.py; used by model/ and
+worker/.
 """
 
 from __future__ import annotations
@@ -21,19 +23,22 @@ import torch.distributed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 
-from ds_serve.parallel import shm
+from ds_serve.parallel import peer, shm
 from ds_serve.parallel.place import Place
 
 TIMEOUT = timedelta(minutes=10)  # for a collective; ranks that die or hang are seen by control.py long before
 
-AllReduce = Literal["auto", "shared_memory", "group"]
+AllReduce = Literal["auto", "shared_memory", "peer", "group"]
 
 
 def meet():
     """Meets all other ranks that the launcher started; returns the store that they share.
 
-    Raises what torch.distributed raises where the environment names no ranks or they do not come.
+    Raises what torch.distributed raises where the environment names no ranks or they do not come, ValueError
+    where it asks for NVLink multicast.
     """
+    if get_accelerator().device_name() == "cuda":
+        peer.forbid_multicast(os.environ)
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     # DeepSpeed's own set-up of the shared-memory op takes the whole world for one tensor group.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -49,9 +54,10 @@ class Grid:
         self.place = place
         self._groups = groups
         self._sends: deque = deque()
-        self.uses_shm = (
-            groups is not None and place.tp > 1 and shm.connect(place, self.tensor_group, all_reduce)
-        )
+        self._links: dict[int, object] = {}  # rank of this shard in a neighbouring stage -> the pair's group
+        self.uses_shm, self._peers = False, None
+        if groups is not None:
+            self._connect(all_reduce)
 
     @classmethod
     def make(cls, tp: int, pp: int, all_reduce: AllReduce = "auto") -> Grid:
@@ -68,6 +74,38 @@ class Grid:
         if (groups.get_stage_id(), groups.get_slice_parallel_rank()) != (place.stage, place.shard):
             raise RuntimeError(f"DeepSpeed's grid puts rank {place.rank} elsewhere than {place}")
         return cls(place, groups, all_reduce)
+
+    def _connect(self, all_reduce: AllReduce) -> None:
+        """Groups and connections that steps need; a collective of all ranks."""
+        place = self.place
+        on_cuda = get_accelerator().device_name() == "cuda"
+        if place.tp > 1 and (all_reduce == "peer" or (on_cuda and all_reduce == "auto")):
+            self._peers = peer.connect(place, self.tensor_group, all_reduce)
+        elif place.tp > 1:
+            self.uses_shm = shm.connect(place, self.tensor_group, all_reduce)
+        # On one group NCCL would serialise what comes in and what goes out.
+        for rank in range(place.world_size - place.tp):
+            pair = (rank, rank + place.tp)
+            group = torch.distributed.new_group(pair, timeout=TIMEOUT)
+            if place.rank in pair:
+                self._links[sum(pair) - place.rank] = group
+        self._use_all()
+
+    def _use_all(self) -> None:
+        """Uses each group once: NCCL connects at the first use, and waits on the host for the others then."""
+        place, device = self.place, get_accelerator().current_device_name()
+        token = torch.zeros(1, device=device)
+        if place.tp > 1:
+            source = place.rank - place.shard
+            parts = [torch.empty_like(token) for _ in range(place.tp)] if place.shard == 0 else None
+            torch.distributed.all_reduce(token, group=self.tensor_group)
+            torch.distributed.broadcast(token, src=source, group=self.tensor_group)
+            torch.distributed.gather(token, parts, dst=source, group=self.tensor_group)
+        if not place.is_first_stage:
+            self.receive(token)
+        if not place.is_last_stage:
+            self.send_on(token)
+        get_accelerator().synchronize()
 
     # -- what deepspeed.init_inference asks of its mpu ---------------------------------------------
 
@@ -122,15 +160,26 @@ class Grid:
     # -- along the pipeline ------------------------------------------------------------------------
 
     def send_on(self, hidden: torch.Tensor) -> None:
-        """Starts sending hidden to the same shard of the next stage; the caller leaves it unchanged."""
+        """Starts sending hidden to the same shard of the next stage.
+
+        On CPU the caller leaves it unchanged; on CUDA a copy is sent, as a captured graph writes its output
+        to the same place again.
+        """
         while self._sends and (self._sends[0][0].is_completed() or len(self._sends) > self.place.pp):
             self._sends.popleft()[0].wait()
+        if hidden.device.type != "cpu":
+            hidden = hidden.clone()
         hidden = hidden.contiguous()
-        self._sends.append((torch.distributed.isend(hidden, self.place.rank + self.place.tp), hidden))
+        to = self.place.rank + self.place.tp
+        self._sends.append((torch.distributed.isend(hidden, to, group=self._links[to]), hidden))
 
     def receive(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Fills hidden with what the previous stage sent, in the order of sending; waits for it."""
-        torch.distributed.recv(hidden, self.place.rank - self.place.tp)
+        """Fills hidden with what the previous stage sent, in the order of sending.
+
+        On CPU this waits for it; on CUDA the current stream does, and the host goes on.
+        """
+        of = self.place.rank - self.place.tp
+        torch.distributed.recv(hidden, of, group=self._links[of])
         return hidden
 
     # -- over all ranks ----------------------------------------------------------------------------
@@ -166,4 +215,7 @@ class Grid:
         self._sends.clear()
         if self.place.world_size > 1 and torch.distributed.is_initialized():
             torch.distributed.barrier()
+            if self._peers is not None:
+                peer.disconnect()
+                self._peers = None
             torch.distributed.destroy_process_group()
