@@ -273,11 +273,10 @@ def start_builds(
         return []
     library = importlib.import_module("flashinfer")
     types = (dtype, dtype, dtype, torch.int32, dim, dim, NO_POSITIONS, windowed, capped)
-    prefill = {_prefill_backend(library, device, dtype)}
-    if Kind(group, 1, dim, 1.0, None, None, 0).tensor_cores:
-        prefill.add("fa2")
-    specs = [library.jit.gen_batch_prefill_module(backend, *types, False) for backend in sorted(prefill)]
-    if len(specs) == 1 and "fa2" not in prefill:
+    tensor_cores = Kind(group, 1, dim, 1.0, None, None, 0).tensor_cores
+    backends = {_prefill_backend(library, device, dtype)} | ({"fa2"} if tensor_cores else set())
+    specs = [library.jit.gen_batch_prefill_module(backend, *types, False) for backend in sorted(backends)]
+    if not tensor_cores:
         specs.append(library.jit.gen_batch_decode_module(*types))
     threads = [
         threading.Thread(target=_build, args=(spec,), name=f"build {spec.name}", daemon=True)

@@ -33,6 +33,50 @@ def _determine_attention_backend(
 
 
 utils = SimpleNamespace(determine_attention_backend=_determine_attention_backend)
+built: list[str] = []
+
+
+def _gen_batch_prefill_module(
+    backend: str,
+    dtype_q: torch.dtype,
+    dtype_kv: torch.dtype,
+    dtype_o: torch.dtype,
+    dtype_idx: torch.dtype,
+    head_dim_qk: int,
+    head_dim_vo: int,
+    pos_encoding_mode: int,
+    use_sliding_window: bool,
+    use_logits_soft_cap: bool,
+    use_fp16_qk_reduction: bool,
+) -> SimpleNamespace:
+    assert not use_fp16_qk_reduction
+    return _spec(f"{backend} {head_dim_qk} window {use_sliding_window} cap {use_logits_soft_cap}")
+
+
+def _gen_batch_decode_module(
+    dtype_q: torch.dtype,
+    dtype_kv: torch.dtype,
+    dtype_o: torch.dtype,
+    dtype_idx: torch.dtype,
+    head_dim_qk: int,
+    head_dim_vo: int,
+    pos_encoding_mode: int,
+    use_sliding_window: bool,
+    use_logits_soft_cap: bool,
+) -> SimpleNamespace:
+    return _spec(f"decode {head_dim_qk} window {use_sliding_window} cap {use_logits_soft_cap}")
+
+
+def _spec(name: str) -> SimpleNamespace:
+    def build(verbose: bool, need_lock: bool = True) -> None:
+        built.append(name)
+
+    return SimpleNamespace(name=name, is_aot=False, build=build)
+
+
+jit = SimpleNamespace(
+    gen_batch_prefill_module=_gen_batch_prefill_module, gen_batch_decode_module=_gen_batch_decode_module
+)
 
 
 class _Wrapper:

@@ -12,7 +12,8 @@ import fake_flashinfer as fake
 import numpy as np
 import pytest
 import torch
-from tiny_models import build, mixed_prompts, oracles, run_all, save
+from tiny_models import ARCHITECTURES, COMMON, build, mixed_prompts, oracles, run_all, save
+from transformers import AutoConfig
 
 from ds_serve.attention import flashinfer
 from ds_serve.attention.backends import select_backend
@@ -22,6 +23,7 @@ from ds_serve.attention.flashinfer_plan import Kind, pages_of
 from ds_serve.attention.layout import KVLayout, LayerKV
 from ds_serve.attention.reference import ReferenceBackend
 from ds_serve.model import loader
+from ds_serve.model.ahead import kernel_shapes
 
 BLOCK = 16
 CPU = torch.device("cpu")
@@ -418,22 +420,65 @@ def test_tokens_are_those_of_generate(architecture, tmp_path, monkeypatch, engin
     assert {"plan", "prefill"} <= set(fake.num_plans)
 
 
+@pytest.mark.parametrize(
+    "fields, shapes",
+    [
+        ({}, [(8, 2, False, False)]),
+        ({"num_key_value_heads": 8, "head_dim": 64}, [(64, 1, False, False)]),
+    ],
+)
+def test_kernel_shapes_of_llama(fields, shapes):
+    assert kernel_shapes(AutoConfig.for_model("llama", **COMMON | fields)) == shapes
+
+
+def test_kernel_shapes_of_windows():
+    gemma = AutoConfig.for_model("gemma2", **ARCHITECTURES["gemma2"])
+    assert kernel_shapes(gemma) == [(16, 2, False, True), (16, 2, True, True)]
+    mistral = AutoConfig.for_model("mistral", **ARCHITECTURES["mistral"])
+    assert kernel_shapes(mistral) == [(16, 2, True, False)]
+    assert kernel_shapes(AutoConfig.for_model("deepseek_v3")) == []
+
+
+@pytest.mark.parametrize(
+    "prefill, group, wanted",
+    [
+        ("fa2", 4, {"fa2 64 window True cap False"}),
+        ("fa3", 4, {"fa2 64 window True cap False", "fa3 64 window True cap False"}),
+        ("fa3", 1, {"decode 64 window True cap False", "fa3 64 window True cap False"}),
+        ("fa2", 1, {"decode 64 window True cap False", "fa2 64 window True cap False"}),
+    ],
+)
+def test_builds_begin_ahead(prefill, group, wanted, monkeypatch):
+    """The modules that a kind's plans load: prefill's, and on tensor cores fa2's, else decode's."""
+    monkeypatch.setattr(flashinfer, "unavailable_reason", lambda device, dtype: None)
+    monkeypatch.setattr(flashinfer.importlib, "import_module", lambda name: fake)
+    monkeypatch.setattr(fake.utils, "determine_attention_backend", lambda *arguments: prefill)
+    fake.built.clear()
+    for thread in flashinfer.start_builds(CPU, torch.bfloat16, 64, group, True, False):
+        thread.join()
+    assert len(fake.built) == len(wanted) and set(fake.built) == wanted
+
+
+def test_no_builds_where_flashinfer_cannot_run():
+    assert flashinfer.start_builds(CPU, torch.bfloat16, 64, 4, False, False) == []
+
+
 def test_the_stand_in_has_the_library_s_signatures():
     found = importlib.util.find_spec("flashinfer")
     folder = Path(found.origin).parent if found else UNPACKED
     if not folder.is_dir():
         pytest.skip("flashinfer-python's sources are not here")
     ours = signatures(Path(fake.__file__))
-    theirs = (
-        signatures(folder / "decode.py") | signatures(folder / "prefill.py") | signatures(folder / "utils.py")
-    )
+    theirs = {}
+    for module in ("decode.py", "prefill.py", "utils.py", "jit/attention/modules.py"):
+        theirs |= signatures(folder / module)
     for wrapper in ("BatchDecodeWithPagedKVCacheWrapper", "BatchPrefillWithPagedKVCacheWrapper"):
         for method in ("__init__", "plan", "run"):
             assert ours[wrapper, method] == theirs[wrapper, method], (wrapper, method)
         assert ours["_Wrapper", "reset_workspace_buffer"] == theirs[wrapper, "reset_workspace_buffer"]
     assert ours["", "fast_decode_plan"] == theirs["", "fast_decode_plan"]
-    wanted = theirs["", "determine_attention_backend"]
-    assert ours["", "_determine_attention_backend"] == wanted
+    for name in ("determine_attention_backend", "gen_batch_prefill_module", "gen_batch_decode_module"):
+        assert ours["", f"_{name}"] == theirs["", name]
 
 
 def signatures(path: Path) -> dict[tuple[str, str], list[tuple[str, str | None]]]:
