@@ -27,6 +27,7 @@ from ds_serve.attention.layout import KVLayout
 from ds_serve.config import Settings
 from ds_serve.model.adapter_files import read_adapters
 from ds_serve.model.adapters import adapt, plain_attention
+from ds_serve.model.ahead import begin_builds
 from ds_serve.model.compiled import compile_layers
 from ds_serve.model.errors import ModelLoadError
 from ds_serve.model.injection import inject
@@ -70,6 +71,7 @@ def load(settings: Settings, grid: Grid | None = None) -> LoadedModel:
         raise ValueError(f"settings ask for tp x pp of {wanted}, the grid is {grid.place.tp, grid.place.pp}")
     config = read_config(settings)
     device = _device(settings)
+    begin_builds(settings, config, device)
     adapters = read_adapters(settings.adapters, lambda: skeleton(settings, config))
     stage = _read_stage(settings, config, grid)
     if adapters:
