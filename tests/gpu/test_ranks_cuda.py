@@ -1,4 +1,4 @@
-"""Tensor and pipeline parallel on two CUDA devices over NCCL: the tokens of generate.
+"""Tensor and pipeline parallel on two CUDA devices: the tokens of generate, over NCCL and over peer memory.
 
 Run it where there are two GPUs: python -m pytest tests/gpu
 """
@@ -21,9 +21,10 @@ from test_matrix import MODELS, launch_grid, models  # noqa: F401 (models is a f
 
 
 @pytest.mark.timeout(500)
-@pytest.mark.parametrize("grid", [(2, 1), (1, 2)])
-def test_tokens_are_those_of_generate(grid, models, tmp_path):  # noqa: F811
-    records = launch_grid(grid, {"device": "cuda"}, list(MODELS), models, tmp_path)
+@pytest.mark.parametrize(("grid", "all_reduce"), [((2, 1), "peer"), ((2, 1), "group"), ((1, 2), "auto")])
+def test_tokens_are_those_of_generate(grid, all_reduce, models, tmp_path):  # noqa: F811
+    settings = {"device": "cuda", "all_reduce": all_reduce}
+    records = launch_grid(grid, settings, list(MODELS), models, tmp_path)
     assert records.keys() == MODELS.keys()
     failed = {}
     for name, record in records.items():
