@@ -5,12 +5,12 @@ kernel that waits for the others before and after. For small messages that beats
 larger ones stay NCCL's. Both can be captured in a CUDA graph. DeepSpeed's inference_all_reduce, which its
 sharded linears call, is led here. NVLink multicast stays off, here and in NCCL.
 
-Knows no model and no step. Called by grid.py. What was read in torch's sources is marked so; no torch op of
-this file can run without two GPUs (tests/gpu/test_peer_cuda.py).
+Knows no model and no step. Called by grid.py. torch's ops run in tests/gpu/test_peer_cuda.py only.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import socket
 import time
@@ -97,6 +97,8 @@ def _mapped(num_bytes: int, group, device: torch.device) -> torch.Tensor:
         raise RuntimeError("torch has set up NVLink multicast, which must stay off")
     if handle.offset:  # the op counts from where the allocation begins
         raise RuntimeError(f"torch's allocation begins {handle.offset} bytes before the buffer")
+    # Never freed: torch waits for the device then, and a kernel that waits for a dead rank does not end.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(buffer))
     return buffer
 
 
