@@ -5,13 +5,13 @@ from __future__ import annotations
 import ast
 import importlib.util
 import warnings
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import fake_flashinfer as fake
 import numpy as np
 import pytest
 import torch
+from paged_sequences import BLOCK, FULL, LAYERS, STEPS, WINDOW, Layer, Sequences
 from tiny_models import ARCHITECTURES, COMMON, build, mixed_prompts, oracles, run_all, save
 from transformers import AutoConfig
 
@@ -20,14 +20,10 @@ from ds_serve.attention.backends import select_backend
 from ds_serve.attention.context import AttentionBatch, HostRows
 from ds_serve.attention.flashinfer import FlashInferBackend
 from ds_serve.attention.flashinfer_plan import Kind, pages_of
-from ds_serve.attention.layout import KVLayout, LayerKV
-from ds_serve.attention.reference import ReferenceBackend
 from ds_serve.model import loader
 from ds_serve.model.ahead import kernel_shapes
 
-BLOCK = 16
 CPU = torch.device("cpu")
-SCRATCH = 63  # a block of padding rows
 UNPACKED = Path("/tmp/fi/flashinfer")  # pip download --no-deps flashinfer-python==0.6.14, unzipped
 
 
@@ -40,127 +36,16 @@ def _small_and_exact(monkeypatch):
     fake.recording = None
 
 
-@dataclass
-class Layer:
-    """An attention layer: what it gives to forward besides q, k and v."""
-
-    heads: int = 4
-    kv_heads: int = 2
-    dim: int = 16
-    group: int = 0
-    options: dict = field(default_factory=lambda: {"scale": 0.25})
-
-
-class Sequences:
-    """Sequences that grow in blocks of a shuffled pool, in a slab for each of two backends."""
-
-    def __init__(self, layers: list[Layer], dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
-        self.layers, self.dtype = layers, dtype
-        shapes = tuple(LayerKV(layer.kv_heads, layer.dim, layer.dim) for layer in layers)
-        self.layout = KVLayout(shapes, BLOCK, dtype, groups=tuple(layer.group for layer in layers))
-        self.generator = torch.Generator().manual_seed(seed)
-        self.num_groups = 1 + max(layer.group for layer in layers)
-        self.free = (1 + torch.randperm(SCRATCH - 1, generator=self.generator)).tolist()
-        self.tables: dict[int, list[list[int]]] = {}
-        self.lengths: dict[int, int] = {}
-        self.slab = torch.zeros(SCRATCH + 1, self.layout.block_elems, dtype=dtype)
-        self.wanted = self.slab.clone()
-        self.backend, self.reference = FlashInferBackend(CPU, dtype, fake), ReferenceBackend()
-
-    def rows(self, counts: list[tuple[int, int]], reach: int = 0, pad: int = 0, width: int = 0):
-        """Host rows and slots [group][T] after the given sequences grew by so many tokens, in this order."""
-        slots, starts, lengths = [[] for _ in range(self.num_groups)], [0], []
-        tables = [[] for _ in range(self.num_groups)]
-        for sequence, count in counts:
-            table = self.tables.setdefault(sequence, [[] for _ in range(self.num_groups)])
-            begin = self.lengths.get(sequence, 0)
-            self.lengths[sequence] = end = begin + count
-            for group in range(self.num_groups):
-                while len(table[group]) * BLOCK < end:
-                    table[group].append(self.free.pop())
-                gone = max(0, begin - reach + 1) // BLOCK if reach else 0
-                tables[group].append([0] * gone + table[group][gone:])
-                slots[group] += [table[group][p // BLOCK] * BLOCK + p % BLOCK for p in range(begin, end)]
-            starts.append(starts[-1] + count)
-            lengths.append(end)
-        for row in range(pad):
-            for group in range(self.num_groups):
-                tables[group].append([SCRATCH])
-                slots[group].append(SCRATCH * BLOCK + row)
-            starts.append(starts[-1] + 1)
-            lengths.append(1)
-        width = max(width, *(len(table) for table in tables[0]))
-        padded = tuple(np.array([t + [0] * (width - len(t)) for t in each], np.int32) for each in tables)
-        return HostRows(np.array(starts, np.int32), np.array(lengths, np.int32), padded), slots
-
-    def batch(self, rows: HostRows, slots: list[list[int]], with_host: bool = True) -> AttentionBatch:
-        tables = [(torch.tensor(s), torch.from_numpy(t)) for s, t in zip(slots, rows.tables, strict=True)]
-        return AttentionBatch(
-            self.slab,
-            self.layout,
-            tables[0][0],
-            torch.from_numpy(rows.query_start),
-            torch.from_numpy(rows.context_len),
-            tables[0][1],
-            positions=torch.zeros(0),
-            max_query_len=int(np.diff(rows.query_start).max()),
-            num_tokens=int(rows.query_start[-1]),
-            more_groups=tuple(tables[1:]),
-            host=rows if with_host else None,
-        )
-
-    def qkv(self, tokens: int) -> list[tuple[torch.Tensor, ...]]:
-        """Of each layer, as transformers gives them: [T,H,D] views of [H,T,D] memory."""
-        found = []
-        for layer in self.layers:
-            heads = (layer.heads, layer.kv_heads, layer.kv_heads)
-            each = (torch.randn(h, tokens, layer.dim, generator=self.generator).to(self.dtype) for h in heads)
-            found.append(tuple(x.transpose(0, 1) for x in each))
-        return found
-
-    def compare(self, batch: AttentionBatch, inputs: list, bound: float = 2e-5) -> None:
-        """All layers of the step by both backends: the same slab, and outputs within bound."""
-        found = [
-            self.backend.forward(index, *inputs[index], batch, **layer.options)
-            for index, layer in enumerate(self.layers)
-        ]
-        self.check(batch, inputs, found, bound)
-
-    def check(self, batch: AttentionBatch, inputs: list, found: list, bound: float, tokens: int = -1) -> None:
-        """The first tokens of the outputs found are the reference's, and so is the slab but for padding."""
-        tokens = batch.num_tokens if tokens < 0 else tokens
-        batch = AttentionBatch(**{**batch.__dict__, "slab": self.wanted})
-        for index, layer in enumerate(self.layers):
-            wanted = self.reference.forward(index, *inputs[index], batch, **layer.options)
-            assert (found[index] - wanted)[:tokens].abs().max() <= bound, layer
-        assert torch.equal(self.slab[:SCRATCH], self.wanted[:SCRATCH])
-
-
-FULL = {"scale": 0.25}
-WINDOW = {"scale": 0.3, "window": 20}
-CAPPED = {"scale": 0.3, "softcap": 3.0}
-LAYERS = {
-    "one kind": [Layer(), Layer()],
-    "no groups": [Layer(heads=3, kv_heads=3)],
-    "one KV head": [Layer(heads=5, kv_heads=1)],
-    "window and full": [Layer(options=WINDOW), Layer(), Layer(options=CAPPED | {"window": 1})],
-    "groups of layers": [Layer(options=WINDOW, group=1), Layer(options=CAPPED, group=0)],
-}
-STEPS = [
-    [(0, 40), (1, 3), (2, 16)],
-    [(1, 1), (2, 1), (0, 1)],
-    [(2, 1), (0, 1), (3, 37), (1, 1)],
-    [(4, 1), (3, 17), (0, 5)],
-    [(3, 1), (1, 1), (4, 1)],
-]
+def started(layers: list[Layer], dtype: torch.dtype = torch.float32) -> Sequences:
+    return Sequences(layers, FlashInferBackend(CPU, dtype, fake), dtype)
 
 
 @pytest.mark.parametrize("with_host", [True, False], ids=["host", "no host"])
 @pytest.mark.parametrize("layers", list(LAYERS))
 def test_steps_are_those_of_the_reference(layers, with_host):
-    sequences = Sequences(LAYERS[layers])
+    sequences = started(LAYERS[layers])
     for index, step in enumerate(STEPS):
-        batch = sequences.batch(*sequences.rows(step), with_host)
+        batch = sequences.step(step, with_host)
         if index % 2:
             sequences.backend.prepare(batch)
         sequences.compare(batch, sequences.qkv(batch.num_tokens))
@@ -168,19 +53,19 @@ def test_steps_are_those_of_the_reference(layers, with_host):
 
 
 def test_bf16():
-    sequences = Sequences([Layer(dim=64, options={"scale": 0.125})], torch.bfloat16)
+    sequences = started([Layer(dim=64, options={"scale": 0.125})], torch.bfloat16)
     for step in STEPS:
-        batch = sequences.batch(*sequences.rows(step))
-        sequences.compare(batch, sequences.qkv(batch.num_tokens), bound=3e-2)
+        batch = sequences.step(step)
+        sequences.compare(batch, sequences.qkv(batch.num_tokens), bound=2e-2)
 
 
 def test_a_kind_is_planned_once_a_step():
-    sequences = Sequences([Layer(), Layer(options=WINDOW), Layer(), Layer(options=WINDOW)])
-    prepared = sequences.batch(*sequences.rows(STEPS[0]))
+    sequences = started([Layer(), Layer(options=WINDOW), Layer(), Layer(options=WINDOW)])
+    prepared = sequences.step(STEPS[0])
     sequences.compare(prepared, sequences.qkv(prepared.num_tokens))  # tries the kinds
     fake.num_plans.clear()
     for step in STEPS[1:3]:
-        batch = sequences.batch(*sequences.rows(step))
+        batch = sequences.step(step)
         sequences.backend.prepare(batch)
         planned = len(fake.num_plans)
         sequences.compare(batch, sequences.qkv(batch.num_tokens))
@@ -189,7 +74,7 @@ def test_a_kind_is_planned_once_a_step():
 
 
 def test_blocks_that_a_window_hides_are_not_read():
-    sequences = Sequences([Layer(options=WINDOW), Layer(options=WINDOW)])
+    sequences = started([Layer(options=WINDOW), Layer(options=WINDOW)])
     inputs = sequences.rows([(0, 70), (1, 40)], reach=20)
     batch = sequences.batch(*inputs)
     sequences.compare(batch, sequences.qkv(batch.num_tokens))
@@ -199,16 +84,7 @@ def test_blocks_that_a_window_hides_are_not_read():
         rows, slots = sequences.rows(step, reach=20)
         assert (rows.tables[0][0, :3] == 0).all()
         batch = sequences.batch(rows, slots)
-        inputs = sequences.qkv(batch.num_tokens)
-        found = [
-            sequences.backend.forward(i, *inputs[i], batch, **layer.options)
-            for i, layer in enumerate(sequences.layers)
-        ]
-        assert all(torch.isfinite(each).all() for each in found)
-        wanted = AttentionBatch(**{**batch.__dict__, "slab": sequences.wanted})
-        for i, layer in enumerate(sequences.layers):
-            reference = sequences.reference.forward(i, *inputs[i], wanted, **layer.options)
-            assert (found[i] - reference).abs().max() <= 2e-5
+        sequences.compare(batch, sequences.qkv(batch.num_tokens))
 
 
 def test_pages():
@@ -226,11 +102,11 @@ def test_pages():
 
 
 def test_two_steps_planned_before_the_first_runs():
-    sequences = Sequences(LAYERS["groups of layers"])
-    first = sequences.batch(*sequences.rows(STEPS[0]))
+    sequences = started(LAYERS["groups of layers"])
+    first = sequences.step(STEPS[0])
     sequences.compare(first, sequences.qkv(first.num_tokens))
-    second = sequences.batch(*sequences.rows(STEPS[1]))
-    third = sequences.batch(*sequences.rows(STEPS[2]))
+    second = sequences.step(STEPS[1])
+    third = sequences.step(STEPS[2])
     sequences.backend.prepare(second)
     sequences.backend.prepare(third)
     sequences.compare(second, sequences.qkv(second.num_tokens))
@@ -245,17 +121,11 @@ class Graph:
         host, slots = sequences.rows([], pad=rows, width=width)
         self.batch = sequences.batch(HostRows(*host_fields(host), graph=rows), slots)
         self.inputs = sequences.qkv(rows)
-        self.run_layers()
+        sequences.run(self.batch, self.inputs)
         sequences.backend.prepare(self.batch)
         fake.recording = []
-        self.out = self.run_layers()
+        self.out = sequences.run(self.batch, self.inputs)
         self.kernels, fake.recording = fake.recording, None
-
-    def run_layers(self) -> list[torch.Tensor]:
-        return [
-            self.sequences.backend.forward(index, *self.inputs[index], self.batch, **layer.options)
-            for index, layer in enumerate(self.sequences.layers)
-        ]
 
     def replay(self, counts: list[tuple[int, int]]) -> None:
         """A decode step of counts, padded; compared with the reference."""
@@ -293,7 +163,7 @@ def keys_values(sequences: Sequences, index: int) -> tuple[torch.Tensor, torch.T
 
 @pytest.mark.parametrize("layers", list(LAYERS))
 def test_captured_steps_read_only_what_prepare_puts_there(layers):
-    sequences = Sequences(LAYERS[layers])
+    sequences = started(LAYERS[layers])
     large, small = Graph(sequences, 6, 8), Graph(sequences, 4, 8)
     start = sequences.batch(*sequences.rows([(0, 40), (1, 3), (2, 16), (3, 31), (4, 1)]))
     sequences.compare(start, sequences.qkv(start.num_tokens))
@@ -308,7 +178,7 @@ def test_captured_steps_read_only_what_prepare_puts_there(layers):
 
 
 def test_a_table_longer_than_its_graph_allows_is_an_error():
-    sequences = Sequences([Layer()])
+    sequences = started([Layer()])
     graph = Graph(sequences, 2, 1)
     start = sequences.batch(*sequences.rows([(0, 100), (1, 1)]))
     sequences.compare(start, sequences.qkv(start.num_tokens))
@@ -327,33 +197,33 @@ def test_a_table_longer_than_its_graph_allows_is_an_error():
     ids=["chunk", "sinks", "key_bias", "dim"],
 )
 def test_what_it_cannot_do_goes_to_the_reference_with_one_warning(layer, reason):
-    sequences = Sequences([Layer(), layer])
-    batch = sequences.batch(*sequences.rows(STEPS[0]))
+    sequences = started([Layer(), layer])
+    batch = sequences.step(STEPS[0])
     with pytest.warns(RuntimeWarning, match=f"4 heads, 2 KV heads of {layer.dim} .* FlashInfer {reason}"):
         sequences.compare(batch, sequences.qkv(batch.num_tokens))
     assert not sequences.backend.captures
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        batch = sequences.batch(*sequences.rows(STEPS[1]))
+        batch = sequences.step(STEPS[1])
         sequences.compare(batch, sequences.qkv(batch.num_tokens))
 
 
 def test_fp32_goes_to_the_reference(monkeypatch):
     monkeypatch.setattr(flashinfer, "DTYPES", (torch.bfloat16,))
-    sequences = Sequences([Layer()])
-    batch = sequences.batch(*sequences.rows(STEPS[0]))
+    sequences = started([Layer()])
+    batch = sequences.step(STEPS[0])
     with pytest.warns(RuntimeWarning, match="computes in bfloat16 and float16, not in torch.float32"):
         sequences.compare(batch, sequences.qkv(batch.num_tokens))
 
 
 def test_captures_is_about_the_layers_now_served():
-    sequences = Sequences([Layer(dim=24)])
-    batch = sequences.batch(*sequences.rows(STEPS[0]))
+    sequences = started([Layer(dim=24)])
+    batch = sequences.step(STEPS[0])
     with pytest.warns(RuntimeWarning):
         sequences.compare(batch, sequences.qkv(batch.num_tokens))
-    others = Sequences([Layer()])
+    others = started([Layer()])
     others.backend = sequences.backend
-    batch = others.batch(*others.rows(STEPS[0]))
+    batch = others.step(STEPS[0])
     others.compare(batch, others.qkv(batch.num_tokens))
     assert others.backend.captures
 
@@ -369,8 +239,8 @@ def test_a_kind_that_fails_its_trial_goes_to_the_reference(failing, monkeypatch)
     reason = (
         "fails on a small problem: RuntimeError: Ninja build failed." if failing else "differs from it by"
     )
-    sequences = Sequences([Layer()])
-    batch = sequences.batch(*sequences.rows(STEPS[1]))
+    sequences = started([Layer()])
+    batch = sequences.step(STEPS[1])
     with pytest.warns(RuntimeWarning, match=reason):
         sequences.compare(batch, sequences.qkv(batch.num_tokens))
     assert not sequences.backend.captures
