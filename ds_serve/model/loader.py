@@ -12,6 +12,7 @@ import contextlib
 import copy
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +74,8 @@ def load(settings: Settings, grid: Grid | None = None) -> LoadedModel:
     device = _device(settings)
     begin_builds(settings, config, device)
     adapters = read_adapters(settings.adapters, lambda: skeleton(settings, config))
-    stage = _read_stage(settings, config, grid)
+    module, layers = read_stage(settings, config, grid.place, read_weights)
+    stage = Stage(shard(module, grid), grid.place, layers)
     if adapters:
         attach(stage.module, adapters, grid, device)
     backend = select_backend(device, stage.dtype, settings.block_size, settings.attention)
@@ -127,19 +129,23 @@ def read_config(settings: Settings) -> PreTrainedConfig:
     return config
 
 
-def _read_stage(settings: Settings, config: PreTrainedConfig, grid: Grid) -> Stage:
-    place = grid.place
+def read_stage(
+    settings: Settings,
+    config: PreTrainedConfig,
+    place: Place,
+    read: Callable[[Settings, PreTrainedConfig, type], PreTrainedModel],
+) -> tuple[PreTrainedModel, range]:
+    """place's stage, whole on each shard, and its decoder layers. read is read_weights, or like it."""
     if place.pp == 1:
         num_layers = config.get_text_config(decoder=True).num_hidden_layers
         (layers,) = cut_points([1] * num_layers, 1, settings.stage_layers)
-        module = read_weights(settings, config, AutoModelForCausalLM)
-    else:
-        whole = skeleton(settings, config)
-        layers = cut_points(Parts(whole).weights(whole), place.pp, settings.stage_layers)[place.stage]
-        name_skipped(whole.config, whole)
-        module = read_weights(settings, whole.config, stage_class(type(whole), place, layers))
-        drop_tied_embedding(module, place)
-    return Stage(shard(module, grid), place, layers)
+        return read(settings, config, AutoModelForCausalLM), layers
+    whole = skeleton(settings, config)
+    layers = cut_points(Parts(whole).weights(whole), place.pp, settings.stage_layers)[place.stage]
+    name_skipped(whole.config, whole)
+    module = read(settings, whole.config, stage_class(type(whole), place, layers))
+    drop_tied_embedding(module, place)
+    return module, layers
 
 
 def skeleton(settings: Settings, config: PreTrainedConfig) -> PreTrainedModel:
