@@ -23,23 +23,24 @@ CASES = [
 ]
 
 
-def problem(tokens: int, heads: int, k_dim: int, v_dim: int, dtype: torch.dtype):
+def problem(tokens: int, heads: int, k_dim: int, v_dim: int, dtype: torch.dtype, device: str = "cpu"):
     """k and v as views of larger memory, the regions of layer 1 of 2, and slots in any order."""
     generator = torch.Generator().manual_seed(tokens)
     layout = KVLayout((LayerKV(heads, k_dim, v_dim),) * 2, 4, dtype)
-    slab = torch.randn(6, layout.block_elems, generator=generator).to(dtype)
+    num_blocks = 6 + tokens // 4
+    slab = torch.randn(num_blocks, layout.block_elems, generator=generator).to(device, dtype)
     batch = AttentionBatch(slab, layout, *[torch.empty(0)] * 5, max_query_len=0, num_tokens=0)
     keys = region(batch, layout.k_offset(1), heads, k_dim)
     values = region(batch, layout.v_offset(1), heads, v_dim)
-    k = torch.randn(heads, tokens, k_dim, generator=generator).to(dtype).transpose(0, 1)
-    v = torch.randn(tokens, heads, 2 * v_dim, generator=generator).to(dtype)[..., :v_dim]
-    return k, v, slab, keys, values, torch.randperm(24, generator=generator)[:tokens]
+    k = torch.randn(heads, tokens, k_dim, generator=generator).to(device, dtype).transpose(0, 1)
+    v = torch.randn(tokens, heads, 2 * v_dim, generator=generator).to(device, dtype)[..., :v_dim]
+    return k, v, slab, keys, values, torch.randperm(4 * num_blocks, generator=generator)[:tokens].to(device)
 
 
-def compare() -> None:
-    """Runs in a process with TRITON_INTERPRET=1: the whole slab is bit for bit what index_put makes of it."""
-    for case in CASES:
-        k, v, slab, keys, values, slots = problem(*case)
+def compare(cases: list = CASES, device: str = "cpu") -> None:
+    """The whole slab is bit for bit what index_put makes of it. On a CPU it needs TRITON_INTERPRET=1."""
+    for case in cases:
+        k, v, slab, keys, values, slots = problem(*case, device)
         before = slab.clone()
         kv_write.write_plain(k, v, keys, values, slots)
         wanted = slab.clone()
