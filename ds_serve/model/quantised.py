@@ -174,10 +174,25 @@ def name_skipped(config: PreTrainedConfig, whole: PreTrainedModel) -> None:
 
 
 def settle(module: PreTrainedModel) -> None:
-    """Once the weights are read: compressed-tensors would make them dense in the first forward."""
+    """Once the weights are read: takes off what compressed-tensors has left on a model's modules.
+
+    It would make weights dense in the first forward, brings each module's weights to a device, which is
+    DeepSpeed's work here, and, with transformers 5.17, rounds dense weights anew in each forward.
+    """
     if hasattr(module, "ct_decompress_hook"):
         with alone(module.config):
             module.hf_quantizer.compressor.decompress_model(module)
+    if any(hasattr(each, "_original_forward_func") for each in module.modules()):
+        from compressed_tensors.offload import remove_dispatch
+
+        remove_dispatch(module)
+    for each in module.modules():
+        if kept(module.config) is None and each.__dict__.pop("quantization_scheme", None) is not None:
+            for name in each._parameters.keys() - {"weight", "bias"}:
+                delattr(each, name)
+            del each.forward
+        elif getattr(each.__dict__.get("forward"), "__func__", None) is type(each).forward:
+            del each.forward  # the class's own, left as an attribute
 
 
 @contextlib.contextmanager
