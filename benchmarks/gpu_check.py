@@ -19,7 +19,7 @@ from transformers.utils import logging
 TIE = 1e-4  # of the logits' standard deviation: nearer than this two float32 sums may come out either way
 RMS_FACTOR, MAX_FACTOR = 1.5, 4.0  # of the errors that transformers' own bfloat16 has
 DOUBT = 3.0  # times the largest error seen: two tokens that float32 has nearer may swap
-PLAIN = {"attention": "reference", "injection": "off"}
+PLAIN = {"attention": "reference", "injection": "off", "compile": "off", "graphs": "off"}
 ALTERNATIVES = 2
 
 

@@ -6,39 +6,57 @@ A short text, to explain a figure that misses its goal. Knows no engine; gpu_run
 from __future__ import annotations
 
 import re
+import time
 from collections import Counter
-from collections.abc import Callable
 
 import torch
 from torch._C._profiler import _ExperimentalConfig
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-LINES = 9
+LINES = 8
 NAME_CHARS = 66
 
 
-def busiest(work: Callable[[], object], steps: int) -> str:
-    """Runs work, which takes so many steps, under torch's profiler. All threads are seen; without a device
-    operators stand in for kernels."""
-    on_device = torch.cuda.is_available()
-    activities = [ProfilerActivity.CUDA if on_device else ProfilerActivity.CPU]
-    everywhere = _ExperimentalConfig(profile_all_threads=not on_device)  # kernels are seen anyway
-    with torch.profiler.profile(activities=activities, experimental_config=everywhere) as profiler:
-        work()
-        if on_device:
+class Watch:
+    """torch's profiler between start() and stop(). All threads are seen; without a device operators stand in
+    for kernels. The first profiler of a process takes seconds to start: call ready() before."""
+
+    def __init__(self) -> None:
+        self._on_device = torch.cuda.is_available()
+        # Kernels of all threads are seen anyway.
+        everywhere = _ExperimentalConfig(profile_all_threads=not self._on_device)
+        activity = ProfilerActivity.CUDA if self._on_device else ProfilerActivity.CPU
+        self._profiler = torch.profiler.profile(activities=[activity], experimental_config=everywhere)
+        self.started = float("inf")  # on time.perf_counter()'s clock
+
+    @classmethod
+    def ready(cls) -> None:
+        watch = cls()
+        watch.start()
+        watch.stop()
+
+    def start(self) -> None:
+        self._profiler.start()
+        self.started = time.perf_counter()
+
+    def stop(self) -> list[tuple[float, float, str]]:
+        """(start, end, name) of each kernel, in microseconds."""
+        if self._on_device:
             torch.cuda.synchronize()
-    kind = DeviceType.CUDA if on_device else DeviceType.CPU
-    events = [
-        (each.time_range.start, each.time_range.end, each.name)
-        for each in profiler.events()
-        if each.device_type == kind and each.time_range.end > each.time_range.start
-    ]
-    return table(events, steps) if events else "the profiler saw no kernel"
+        self._profiler.stop()
+        kind = DeviceType.CUDA if self._on_device else DeviceType.CPU
+        return [
+            (each.time_range.start, each.time_range.end, each.name)
+            for each in self._profiler.events()
+            if each.device_type == kind and each.time_range.end > each.time_range.start
+        ]
 
 
 def table(events: list[tuple[float, float, str]], steps: int) -> str:
     """events: (start, end, name) in microseconds. All figures of one step of `steps`."""
+    if not events or not steps:
+        return f"the profiler saw {len(events)} kernels in {steps} steps"
     total, count = Counter(), Counter()
     for start, end, name in events:
         name = plain(name)

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from gpu_model import DRY, FULL, Scale
-from gpu_profile import busiest
+from gpu_profile import Watch, table
 
 from ds_serve.config import Settings
 from ds_serve.launch import ranks
@@ -41,20 +41,34 @@ class Bench:
         self.scale = scale
         self._rng = random.Random(0)
         self._count = 0
+        self.launches_s = 0.0  # that rank 0's thread took to launch steps
+        self._time_launches(self.engine._loop._ranks.worker)
+
+    def _time_launches(self, worker) -> None:
+        launch = worker.launch
+
+        def timed(plan):
+            began = time.perf_counter()
+            launched = launch(plan)
+            self.launches_s += time.perf_counter() - began
+            return launched
+
+        worker.launch = timed
 
     def prompts(self, count: int, length: int) -> list[list[int]]:
         vocab = self.engine.info.vocab_size
         return [[self._rng.randrange(10, vocab) for _ in range(length)] for _ in range(count)]
 
-    def run(self, prompts: list[list[int]], out: int, **params) -> list[Answer]:
-        """All prompts at once, out tokens each, greedy."""
+    def run(
+        self, prompts: list[list[int]], out: int, all_started: Callable[[], None] | None = None, **params
+    ) -> list[Answer]:
+        """All prompts at once, out tokens each, greedy; all_started is called once each has a token."""
         outputs: queue.SimpleQueue = queue.SimpleQueue()
         params = {"temperature": 0.0, "ignore_eos": True, "max_tokens": out} | params
         answers: dict[str, Answer] = {}
-        began = time.perf_counter()
         for prompt in prompts:
             request = Request(id=f"b{self._count}", prompt_token_ids=prompt, params=SamplingParams(**params))
-            answers[request.id] = Answer()
+            answers[request.id] = Answer(time.perf_counter())
             self._count += 1
             self.engine.submit(request, lambda output: outputs.put((time.perf_counter(), output)))
         running = len(prompts)
@@ -62,8 +76,11 @@ class Bench:
             now, output = outputs.get(timeout=WAIT_S)
             if output.error:
                 raise RuntimeError(output.error)
-            answers[output.id].add(now - began, output)
+            answers[output.id].add(now, output)
             running -= output.finish_reason is not None
+            if all_started is not None and all(answer.times for answer in answers.values()):
+                all_started()
+                all_started = None
         return list(answers.values())
 
     def stats(self) -> Stats:
@@ -74,13 +91,15 @@ class Bench:
 
     def first_token_ms(self, prompt: list[int]) -> tuple[float, Answer]:
         [answer] = self.run([prompt], 1)
-        return answer.times[0] * 1e3, answer
+        return (answer.times[0] - answer.began) * 1e3, answer
 
 
 class Answer:
-    """One request's tokens, when each came (seconds since the first submit), and what was said of them."""
+    """One request's tokens, when it was submitted and each of them came (time.perf_counter()), and what was
+    said of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, began: float) -> None:
+        self.began = began
         self.tokens: list[int] = []
         self.times: list[float] = []
         self.logprobs: list = []
@@ -119,12 +138,12 @@ def decode_steps(bench: Bench, found: Found) -> None:
         prompts = bench.prompts(rows, scale.prompt)
         bench.run(prompts, 1)
         bench.run(prompts, min(8, scale.out))
-        rounds, before = [], bench.stats()
+        rounds, host = [], Host(bench)
         for _ in range(scale.rounds):
             answers = bench.run(prompts, scale.out)
             rounds.append(_steps_ms(answers))
         means, medians = zip(*rounds, strict=True)
-        note = f"median gap {statistics.median(medians):.2f}; {host_part(before, bench.stats())}"
+        note = f"median gap {statistics.median(medians):.2f}; {host.text()}"
         found.put(f"step/{number}", statistics.median(means), note)
 
 
@@ -139,28 +158,34 @@ def _steps_ms(answers: list[Answer]) -> tuple[float, float]:
     return (times[-1] - times[0]) / len(gaps) * 1e3, statistics.median(gaps) * 1e3
 
 
-def host_part(before: Stats, after: Stats) -> str:
-    """What the engine's thread and the ranks' threads did for each step between two readings."""
-    steps = max(1, after.num_steps - before.num_steps)
+class Host:
+    """What the host did for each step since this was made: the engine's thread, and rank 0's, which launches.
+    stages: how long each computed, on CUDA by its device's clock."""
 
-    def each(name: str) -> float:
-        return (getattr(after, name) - getattr(before, name)) / steps * 1e3
+    def __init__(self, bench: Bench) -> None:
+        self._bench, self._before, self._launches = bench, bench.stats(), bench.launches_s
 
-    busy = [
-        (now - then) / steps * 1e3 for now, then in zip(after.stage_busy_s, before.stage_busy_s, strict=True)
-    ]
-    stages = "+".join(f"{value:.2f}" for value in busy)
-    return (
-        f"host ms a step: plan {each('plan_s'):.2f}, update {each('update_s'):.2f}, "
-        f"wait {each('wait_s'):.2f}, rank {stages}"
-    )
+    def text(self) -> str:
+        before, after = self._before, self._bench.stats()
+        steps = max(1, after.num_steps - before.num_steps)
+
+        def each(name: str) -> float:
+            return (getattr(after, name) - getattr(before, name)) / steps * 1e3
+
+        pairs = zip(after.stage_busy_s, before.stage_busy_s, strict=True)
+        stages = "+".join(f"{(now - then) / steps * 1e3:.2f}" for now, then in pairs)
+        launch = (self._bench.launches_s - self._launches) / steps * 1e3
+        return (
+            f"a step: plan {each('plan_s'):.2f} update {each('update_s'):.2f} wait {each('wait_s'):.2f} "
+            f"launch {launch:.2f} stages {stages}"
+        )
 
 
 def first_tokens(bench: Bench, found: Found) -> None:
     """Milliseconds to the first token of a lone prompt, cold; then of the longest as a device hit."""
     scale = bench.scale
     for number, length in enumerate(scale.long):
-        rounds, hits, before = [], [], bench.stats()
+        rounds, hits, host = [], [], Host(bench)
         for turn, prompt in enumerate(bench.prompts(scale.rounds + 1, length)):
             cold, _ = bench.first_token_ms(prompt)
             hit, answer = bench.first_token_ms(prompt)
@@ -169,7 +194,7 @@ def first_tokens(bench: Bench, found: Found) -> None:
             if turn:
                 rounds.append(cold)
                 hits.append(hit)
-        found.put(f"ttft/{number}", statistics.median(rounds), host_part(before, bench.stats()))
+        found.put(f"ttft/{number}", statistics.median(rounds), host.text())
     found.put("hit/device", statistics.median(hits), f"best {min(hits):.1f}")
 
 
@@ -178,13 +203,14 @@ def rates(bench: Bench, found: Found) -> None:
     scale = bench.scale
     for number, rows in enumerate(scale.rates):
         bench.run(bench.prompts(rows, scale.prompt), 4)
-        rounds, before = [], bench.stats()
+        rounds, host = [], Host(bench)
         for _ in range(scale.rounds):
             prompts = bench.prompts(rows, scale.prompt)
             time.sleep(0.2)
             answers = bench.run(prompts, scale.out)
-            rounds.append(rows * scale.out / max(each.times[-1] for each in answers))
-        note = f"best {max(rounds):.0f}; {host_part(before, bench.stats())}"
+            ended = max(each.times[-1] for each in answers)
+            rounds.append(rows * scale.out / (ended - answers[0].began))
+        note = f"best {max(rounds):.0f}; {host.text()}"
         found.put(f"rate/{number}", statistics.median(rounds), note)
 
 
@@ -215,16 +241,23 @@ def host_hits(bench: Bench, found: Found) -> None:
 
 
 def profile(bench: Bench, found: Found) -> None:
-    """What a decode step and a prefill step are made of; times are longer than without a profiler."""
+    """What a decode step and a prompt's step are made of; times are longer than without a profiler."""
     scale = bench.scale
+    Watch.ready()
     for rows in scale.batches:
         prompts = bench.prompts(rows, scale.prompt)
         bench.run(prompts, 4)
-        found.texts[f"decode step, {rows} at once"] = busiest(lambda each=prompts: bench.run(each, 9), 9)
+        watch = Watch()
+        answer = bench.run(prompts, scale.out, all_started=watch.start)[0]
+        steps = sum(began > watch.started for began in answer.times)
+        found.texts[f"decode step, {rows} at once"] = table(watch.stop(), steps)
     length = scale.long[0]
-    bench.first_token_ms(bench.prompts(1, length)[0])
-    [prompt] = bench.prompts(1, length)
-    found.texts[f"prompt of {length}"] = busiest(lambda: bench.first_token_ms(prompt), 1)
+    first, second = bench.prompts(2, length)
+    bench.first_token_ms(first)
+    watch = Watch()
+    watch.start()
+    bench.first_token_ms(second)
+    found.texts[f"prompt of {length}"] = table(watch.stop(), 1)
 
 
 PARTS: dict[str, Callable[[Bench, Found], None]] = {
@@ -258,7 +291,8 @@ def settings_of(job: dict, scale: Scale, **own) -> Settings:
 def run(job: dict, save: Callable[[dict], None]) -> None:
     """Does a job: {folder, dry, tp, pp, parts, settings}. Saves what it has after each part; a part that
     fails leaves its reason, and the others go on."""
-    logging.basicConfig(level=logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("ds_serve").setLevel(logging.INFO)  # which attention, what is compiled, which graphs
     scale = DRY if job["dry"] else FULL
     bench, found = Bench(settings_of(job, scale), scale), Found()
     bench.run(bench.prompts(1, scale.prompt), 1)

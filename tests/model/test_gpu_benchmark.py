@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import gpu
 import gpu_check
+import gpu_kernels
 from gpu_model import CHECK_LAYERS, FULL, Ceilings, Floors, config_of, directory
 from gpu_profile import covered, plain, table
 
@@ -86,3 +87,14 @@ def test_kernels_are_added_up_by_name():
 def test_parts_that_there_are_not_are_refused():
     with pytest.raises(SystemExit, match="--parts: no speed; there are check,"):
         gpu.main(["--dry-run", "--parts", "speed"])
+
+
+def test_questions_of_tuning_are_answered_or_say_why_not(capfd):
+    gpu_kernels.main(["--dry-run", "--only", "launch,copy,gemm,lt,write"])
+    lines = capfd.readouterr().out.splitlines()
+    assert "cuBLAS model merged M=8" in "\n".join(lines)
+    answers = [line for line in lines if line[54:57] == " us"]
+    assert all(float(line[44:54]) > 0 for line in answers) and len(answers) > 25
+    done = {line.split()[1].rstrip(":") for line in lines if line.startswith("--")}
+    assert done == {"launch", "copy", "gemm", "lt", "write"}
+    assert any("-- lt: FAILED RuntimeError" in line for line in lines) or torch.cuda.is_available()
