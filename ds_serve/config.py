@@ -118,7 +118,17 @@ class Settings(BaseSettings):
     block_size: int = Field(16, ge=1, le=256, description="tokens in a KV block")
     num_blocks: int | None = Field(None, ge=1, description="KV blocks; default: from kv_cache_memory")
     kv_cache_memory: Bytes | None = Field(
-        None, ge=1, description="bytes for KV blocks (8GiB); default: 30%% of free memory, at most 4 GiB"
+        None,
+        ge=1,
+        description="bytes for KV blocks (8GiB); default: on a CPU 30%% of free memory, at most 4 GiB, on "
+        "CUDA what device_memory_utilization leaves",
+    )
+    device_memory_utilization: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of a CUDA device's memory that may be in use: weights, the largest step and KV; "
+        "default: 0.9",
     )
     window_blocks: Literal["auto", "off"] = Field(
         "auto", description="auto: KV blocks that left a layer's sliding window are free for others"
@@ -242,6 +252,15 @@ class Settings(BaseSettings):
                 f"stage_layers names {len(self.stage_layers)} stages, "
                 f"but pipeline_parallel is {self.pipeline_parallel}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_memory(self) -> Settings:
+        for name in ("kv_cache_memory", "num_blocks"):
+            if self.device_memory_utilization is not None and getattr(self, name) is not None:
+                raise ValueError(
+                    f"device_memory_utilization: does nothing beside {name}; give one or the other"
+                )
         return self
 
     @model_validator(mode="after")

@@ -34,6 +34,7 @@ from ds_serve.worker.certify import certify
 from ds_serve.worker.constraint import Constraints
 from ds_serve.worker.finisher import Finisher
 from ds_serve.worker.local import LeadRank
+from ds_serve.worker.memory import told_at_start
 from ds_serve.worker.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,8 @@ def build_worker(
     constraints = None
     if grid.place.samples:  # it reads the tokenizer while the model is loaded
         constraints = Constraints(settings.model, trust_remote_code=settings.trust_remote_code)
-    worker = Worker(load(settings, grid), settings, grid, progress, deliver, fail, constraints)
+    with told_at_start(grid.place):
+        worker = Worker(load(settings, grid), settings, grid, progress, deliver, fail, constraints)
     if settings.check:
         kv_bytes = worker.num_blocks * worker.layout.bytes_per_block
         worker.certificate = certify(worker.model, settings, grid, kv_bytes)

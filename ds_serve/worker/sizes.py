@@ -1,7 +1,7 @@
-"""How large the KV memory is and how it is cut: groups of layers, blocks of both tiers. Called by the worker.
+"""How large the KV memory is and how it is cut: groups of layers, blocks of both tiers.
 
 All ranks call these together where they take a grid: groups are the same on every rank, and the rank with the
-least memory sets the number of blocks.
+least memory sets the number of blocks. Called by the worker, and by planning.py, which has no ranks.
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ from ds_serve.config import Settings
 from ds_serve.model.errors import ModelLoadError
 from ds_serve.model.loader import LoadedModel
 from ds_serve.parallel.grid import Grid
-from ds_serve.windows import Windows, group_layers
+from ds_serve.windows import Grouping, Windows, group_layers
+from ds_serve.worker.memory import Room
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_KV_SHARE = 0.3
-DEFAULT_KV_LIMIT = 4 * 2**30
 
 
 def cut_groups(model: LoadedModel, settings: Settings, grid: Grid) -> tuple[KVLayout, Windows]:
@@ -35,30 +33,38 @@ def cut_groups(model: LoadedModel, settings: Settings, grid: Grid) -> tuple[KVLa
     reaches, sizes, stages = ([int(value) for value in grid.maximum(each)] for each in found)
     if settings.host_cache and any(reaches):
         logger.info("a host cache keeps whole prefixes: blocks that left a sliding window are kept too")
-    if settings.host_cache or settings.window_blocks == "off":
-        reaches = [0] * len(reaches)
-    grouping = group_layers(reaches, sizes, stages, settings.max_model_len or model.max_model_len)
+    grouping = grouping_of(reaches, sizes, stages, settings, model.max_model_len)
     here = range(layout.first_layer, layout.first_layer + len(layout.layers))
     layout = replace(layout, groups=tuple(grouping.groups[layer] for layer in here))
-    return layout, Windows(grouping.reaches, settings.block_size, settings.tokens_in_flight)
+    return layout, windows_of(grouping, settings)
+
+
+def grouping_of(
+    reaches: list[int], sizes: list[int], stages: list[int], settings: Settings, max_model_len: int
+) -> Grouping:
+    """The groups of all layers of the model, as windows.group_layers has them and the settings allow."""
+    if settings.host_cache or settings.window_blocks == "off":
+        reaches = [0] * len(reaches)
+    return group_layers(reaches, sizes, stages, settings.max_model_len or max_model_len)
+
+
+def windows_of(grouping: Grouping, settings: Settings) -> Windows:
+    return Windows(grouping.reaches, settings.block_size, settings.tokens_in_flight)
 
 
 def _num_layers(model: LoadedModel) -> int:
     return model.config.get_text_config(decoder=True).num_hidden_layers
 
 
-def num_blocks(
-    layout: KVLayout, windows: Windows, settings: Settings, max_model_len: int, ranks_here: int
-) -> int:
-    """How many blocks this rank's share of the memory holds."""
+def num_blocks(layout: KVLayout, windows: Windows, settings: Settings, room: Room) -> int:
+    """How many blocks this rank holds: as many as the settings say, or as its room does."""
     if settings.num_blocks is not None:
         return settings.num_blocks
     memory = settings.kv_cache_memory
     if memory is None:
-        memory = min(DEFAULT_KV_LIMIT, int(psutil.virtual_memory().available * DEFAULT_KV_SHARE / ranks_here))
         # More than twice what a full batch of the longest requests fills would only slow the start.
-        most = 2 * settings.max_num_seqs * windows.most_blocks(max_model_len)
-        memory = min(memory, most * layout.bytes_per_block)
+        most = 2 * settings.max_num_seqs * windows.most_blocks(room.longest)
+        memory = min(room.bytes, most * layout.bytes_per_block)
     blocks = memory // layout.bytes_per_block
     if blocks < 1:
         raise ModelLoadError(

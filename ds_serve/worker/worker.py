@@ -32,6 +32,7 @@ from ds_serve.worker.constraint import Constraints
 from ds_serve.worker.copier import Copier
 from ds_serve.worker.inputs import StepInputs, TokenPool, upload
 from ds_serve.worker.launched import Launched, Untold, timer
+from ds_serve.worker.memory import kv_room, told_in_step
 from ds_serve.worker.sampled import SampleOutput, ScoreOutput
 from ds_serve.worker.sampler import Sampler
 from ds_serve.worker.sizes import cut_groups, num_blocks, num_host_blocks
@@ -67,15 +68,16 @@ class Worker:
         self._grid = grid
         self._progress = progress
         self.layout, self.windows = layout, windows = cut_groups(model, settings, grid)
+        room = kv_room(model, layout, windows, settings, grid)
         # One block table serves all ranks, so the rank with the least memory sets the size, in each tier.
         self.num_blocks, self.num_host_blocks = grid.minimum(
             [
-                num_blocks(layout, windows, settings, model.max_model_len, grid.ranks_here),
+                num_blocks(layout, windows, settings, room),
                 num_host_blocks(layout, settings, grid.ranks_here),
             ]
         )
         [self._bytes_per_block] = grid.total([layout.bytes_per_block])
-        held = windows.longest(self.num_blocks, model.max_model_len)
+        held = windows.longest(self.num_blocks, room.longest)
         if settings.max_model_len is not None and held < settings.max_model_len:
             raise ModelLoadError(
                 f"max_model_len is {settings.max_model_len}, but {self.num_blocks} KV blocks hold {held} "
@@ -187,6 +189,7 @@ class Worker:
         """Whether launch() returns before the device has computed the step."""
         return self.model.device.type != "cpu"
 
+    @told_in_step
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched | None:
         """Starts the plan's copies, and sends its rows through this rank's part of the model.
