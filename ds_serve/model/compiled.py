@@ -354,6 +354,7 @@ def _error(outputs: list[torch.Tensor], calls: list[_Call], median: bool) -> flo
 
 
 def _first_line(error: Exception) -> str:
+    error = getattr(error, "inner_exception", error)  # of the compiler, which dynamo wraps
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:160] if lines else "no message"
 
