@@ -157,6 +157,9 @@ class Settings(BaseSettings):
     compile: Literal["auto", "on", "off"] = Field(
         "auto", description="decoder layers that are not fused by torch.compile; auto: on CUDA"
     )
+    graphs: Literal["auto", "off"] = Field(
+        "auto", description="decode steps as CUDA graphs; auto: on CUDA, where the attention backend can"
+    )
     latent_cache: Literal["auto", "off"] = Field(
         "auto",
         description="cache latents in place of keys and values where the model has them (DeepSeek); "

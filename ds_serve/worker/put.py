@@ -26,9 +26,18 @@ def put(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor
     packed = np.empty(max(ends[-1], 1), dtype=np.uint8)  # torch views no bytes of none as another dtype
     for array, start in zip(arrays, starts, strict=True):
         packed[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    # The allocator of pinned memory gives the buffer out again only once the copy has been made.
-    there = torch.from_numpy(packed).pin_memory().to(device, non_blocking=True)
+    there = torch.empty(len(packed), dtype=torch.uint8, device=device)
+    fill(there, packed)
     return [
         there[start : start + array.nbytes].view(torch.from_numpy(array[:0]).dtype).view(array.shape)
         for array, start in zip(arrays, starts, strict=True)
     ]
+
+
+def fill(tensor: torch.Tensor, array: np.ndarray) -> None:
+    """array into a contiguous tensor of its dtype and size, by a copy that nobody waits for."""
+    values = torch.from_numpy(array).view(tensor.shape)
+    if tensor.device.type != "cpu":
+        # The allocator of pinned memory gives the buffer out again only once the copy has been made.
+        values = values.pin_memory()
+    tensor.copy_(values, non_blocking=True)

@@ -75,6 +75,11 @@ class SlotTable:
         self._num_prompt = [0] * max_num_seqs
         self._adapters = np.zeros(max_num_seqs, dtype=np.int64)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Sequences, blocks of each, groups of layers."""
+        return self._blocks.shape
+
     def admit(self, new: NewSequence) -> None:
         """new takes its slot; what the slot held is forgotten."""
         self._tokens[new.slot, : len(new.token_ids)] = new.token_ids

@@ -30,6 +30,7 @@ from ds_serve.parallel.control import Progress
 from ds_serve.parallel.grid import Grid
 from ds_serve.worker.constraint import Constraints
 from ds_serve.worker.copier import Copier
+from ds_serve.worker.graphs import GraphRunner, recorder_of
 from ds_serve.worker.inputs import StepInputs, TokenPool, upload
 from ds_serve.worker.launched import Launched, Untold, timer
 from ds_serve.worker.memory import kv_room, told_in_step
@@ -89,7 +90,9 @@ class Worker:
                 "with, one for each group of layers: give more kv_cache_memory or num_blocks"
             )
         self.max_model_len = held
-        self._slab = layout.allocate(self.num_blocks, model.device)
+        recorder = recorder_of(model.device) if settings.graphs == "auto" else None
+        # One block more than the engine knows: the graphs' scratch block.
+        self._slab = layout.allocate(self.num_blocks + (recorder is not None), model.device)
         self._slots = SlotTable(
             settings.max_num_seqs, self.max_model_len, settings.block_size, windows.num_groups
         )
@@ -108,6 +111,10 @@ class Worker:
         self._copy_s = self._prefill_s = 0.0
         if settings.host_cache:
             self._open_host_tier(settings, deliver, fail)
+        self._graphs: GraphRunner | None = None
+        if recorder is not None:
+            graphs = GraphRunner(model, layout, self._slab, self._pool, self._slots.shape)
+            self._graphs = graphs if graphs.record(grid, recorder) else None
 
     def _open_host_tier(
         self,
@@ -206,11 +213,15 @@ class Worker:
         self._admit(plan.new)
         step = self._slots.gather(plan.rows)
         has_masks = self._begin_masks(step, wait=False)
-        inputs = upload(step, self._slab, self.layout, self._pool)
+        graphs = self._graphs if self._graphs is not None and self._graphs.takes(step) else None
+        if graphs is None:
+            inputs = upload(step, self._slab, self.layout, self._pool)
+        else:
+            inputs = graphs.upload(step)
         progress.batch = inputs.attention
         with clock.waiting():
-            hidden = self._receive(step.num_tokens)
-        output = self._compute(inputs, hidden)
+            hidden = self._receive(step.num_tokens, graphs)
+        output = self._compute(inputs, hidden) if graphs is None else graphs.replay(inputs)
         if not has_masks:
             self._begin_masks(step, wait=True)
         drawn = scored = None
@@ -226,6 +237,7 @@ class Worker:
 
     def close(self) -> None:
         """Waits for the copies that were started. May be called twice."""
+        self._graphs = None  # collectives are recorded in them: they go before the groups
         if self._sampler is not None:
             self._sampler.close()
         if self._copier is not None:
@@ -248,13 +260,16 @@ class Worker:
         self._sampler.begin(step.slots)
         return True
 
-    def _receive(self, count: int) -> torch.Tensor | None:
-        """The hidden states [1, count, H] of the stage before; None on the first."""
+    def _receive(self, count: int, graphs: GraphRunner | None) -> torch.Tensor | None:
+        """The hidden states [1, count, H] of the stage before, where graphs read them; None on the first."""
         if self.place.is_first_stage:
             return None
         self._progress.phase = "receive"
         stage = self.model.stage
-        hidden = torch.empty(1, count, stage.hidden_size, dtype=stage.dtype, device=self.model.device)
+        if graphs is None:
+            hidden = torch.empty(1, count, stage.hidden_size, dtype=stage.dtype, device=self.model.device)
+        else:
+            hidden = graphs.hidden(count)
         self._grid.receive(hidden)
         self._progress.phase = "compute"
         return hidden
@@ -267,9 +282,12 @@ class Worker:
             return self.model.stage(inputs.input_ids, batch.positions, batch.sampled, hidden)
 
     def _draw(
-        self, step: HostStep, inputs: StepInputs, logits: torch.Tensor
+        self, step: HostStep, inputs: StepInputs, logits: torch.Tensor | None
     ) -> tuple[SampleOutput | None, ScoreOutput | None]:
-        """Draws a token for each row that samples: once, on the first shard, which tells the others."""
+        """Draws a token for each row that samples: once, on the first shard, which tells the others.
+
+        Only there logits are read.
+        """
         drawn = scored = None
         num_drawn = len(step.slots)
         if self._sampler is not None and num_drawn:
