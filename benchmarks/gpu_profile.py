@@ -27,7 +27,9 @@ class Watch:
         # Kernels of all threads are seen anyway.
         everywhere = _ExperimentalConfig(profile_all_threads=not self._on_device)
         activity = ProfilerActivity.CUDA if self._on_device else ProfilerActivity.CPU
-        self._profiler = torch.profiler.profile(activities=[activity], experimental_config=everywhere)
+        self._profiler = torch.profiler.profile(
+            activities=[activity], experimental_config=everywhere, acc_events=True
+        )
         self.started = float("inf")  # on time.perf_counter()'s clock
 
     @classmethod
