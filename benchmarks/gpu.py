@@ -101,7 +101,7 @@ class Jobs:
             files[0].write_text(json.dumps(job))
             command, environment = _command(job, [str(each) for each in files])
             if caches is not None and not job["dry"]:  # a CPU would compile its kernels for minutes
-                environment |= {name: f"{caches}/{part}" for name, part in CACHES.items()}
+                environment |= _caches(caches)
             began = time.time()
             child = subprocess.Popen(command, env=environment, start_new_session=True)
             try:
@@ -129,6 +129,10 @@ def _command(job: dict, files: list[str]) -> tuple[list[str], dict[str, str]]:
     started = several(settings, Options(), "gpu_run", files)
     path = f"{here}:{os.environ.get('PYTHONPATH', '')}"
     return started.command, started.environment | {"PYTHONPATH": path}
+
+
+def _caches(folder: str) -> dict[str, str]:
+    return {name: f"{folder}/{part}" for name, part in CACHES.items()}
 
 
 @contextlib.contextmanager
@@ -243,6 +247,8 @@ def main(arguments: list[str] | None = None) -> int:
     args.parts = args.parts.split(",")
     if unknown := set(args.parts) - set(PARTS):
         raise SystemExit(f"--parts: no {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if args.caches is not None:
+        os.environ |= _caches(args.caches)  # for the check too
     made = _apart(args, prepare, args.dry_run, args.folder, set(args.parts))
     scale, ceilings = DRY if args.dry_run else FULL, Ceilings(**made["ceilings"])
     print(f"{made['device']}: {ceilings.line()}", flush=True)
@@ -258,7 +264,8 @@ def main(arguments: list[str] | None = None) -> int:
         table.take(kind, found)
         for name, text in found.get("texts", {}).items():
             print(f"-- {name}\n{text}")
-        print(f"[{kind} engine done]", flush=True)
+        short = {row: round(value, 2) for row, value in found.get("rows", {}).items()}
+        print(f"[{kind} engine done] {short}", flush=True)  # should the table never come
     if args.dry_run:
         print("A dry run, tiny model on a CPU: these figures mean nothing, and goals and vLLM are of a GPU.")
     print(f"tp={args.tp} pp={args.pp} {' '.join(args.set)}")

@@ -8,10 +8,12 @@ doubt which token is the best. Used by gpu.py.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
-from gpu_model import DRY, FULL
+from gpu_model import DRY, FULL, Scale
 from gpu_run import Answer, Bench, settings_of
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -67,19 +69,22 @@ def check(job: dict) -> list[str]:
         torch.randint(10, exact.vocab_size, (length,), generator=generator).tolist()
         for length in scale.check_prompts
     ]
-    lines = [_tokens_of_float32(job, scale, exact, prompts)]
+    with _engine(job, scale, prompts, dtype="float32", **PLAIN) as bench:
+        plain = bench.run(prompts, scale.check_out)
+    lines = [_tokens_of_float32(exact, prompts, plain)]
+    with _engine(job, scale, prompts, dtype="bfloat16") as bench:
+        fast = bench.run(prompts, scale.check_out)
+        told = bench.run(prompts, scale.check_out, logprobs=ALTERNATIVES)
+        scored = bench.run(prompts, 1, prompt_logprobs=0)  # this takes no prefix from the cache
     half = Original(job["folder"], device, torch.bfloat16)
-    fast = _answers(job, scale, prompts, dtype="bfloat16", logprobs=ALTERNATIVES, prompt_logprobs=0)
-    line, doubt = _distance(exact, half, prompts, fast)
-    lines.append(line)
-    plain = _answers(job, scale, prompts, dtype="bfloat16", **PLAIN)
-    lines.append(_same_where_clear(exact, prompts, fast, plain, doubt))
-    return lines
+    line, doubt = _distance(exact, half, prompts, told, scored)
+    with _engine(job, scale, prompts, dtype="bfloat16", **PLAIN) as bench:
+        plain = bench.run(prompts, scale.check_out)
+    return [*lines, line, _same_where_clear(exact, prompts, fast, plain, doubt)]
 
 
-def _answers(job: dict, scale, prompts: list[list[int]], **chosen) -> list[Answer]:
-    """The engine's answers; log-probabilities of prompts from a run of their own, which takes no prefix."""
-    params = {name: chosen.pop(name) for name in ("logprobs", "prompt_logprobs") if name in chosen}
+@contextlib.contextmanager
+def _engine(job: dict, scale: Scale, prompts: list[list[int]], **chosen) -> Iterator[Bench]:
     lengths = [len(prompt) + scale.check_out for prompt in prompts]
     own = {
         "max_num_batched_tokens": scale.check_chunk,
@@ -89,21 +94,15 @@ def _answers(job: dict, scale, prompts: list[list[int]], **chosen) -> list[Answe
     settings = settings_of(job | {"parts": [], "settings": job["settings"] | chosen}, scale, **own)
     bench = Bench(settings, scale)
     try:
-        scored = params.pop("prompt_logprobs", None)
-        answers = bench.run(prompts, scale.check_out, **params)
-        if scored is not None:
-            for answer, other in zip(answers, bench.run(prompts, 1, prompt_logprobs=scored), strict=True):
-                answer.prompt_logprobs = other.prompt_logprobs
-        return answers
+        yield bench
     finally:
         bench.engine.close()
 
 
-def _tokens_of_float32(job: dict, scale, exact: Original, prompts: list[list[int]]) -> str:
-    ours = _answers(job, scale, prompts, dtype="float32", **PLAIN)
+def _tokens_of_float32(exact: Original, prompts: list[list[int]], answers: list[Answer]) -> str:
     ties = 0
-    for prompt, answer in zip(prompts, ours, strict=True):
-        wanted = exact.greedy(prompt, scale.check_out)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        wanted = exact.greedy(prompt, len(answer.tokens))
         if (at := _first_difference(answer.tokens, wanted)) is None:
             continue
         logits = exact.logits(prompt + wanted[:at])[-1]
@@ -115,20 +114,24 @@ def _tokens_of_float32(job: dict, scale, exact: Original, prompts: list[list[int
             )
         ties += 1
     return (
-        f"float32, plain path: {len(prompts)} answers of {scale.check_out} tokens are those of generate"
-        + (f" ({ties} but for a tie)" if ties else "")
+        f"float32, plain path: {len(prompts)} answers of {len(answers[0].tokens)} tokens are those of "
+        "generate" + (f" ({ties} but for a tie)" if ties else "")
     )
 
 
 def _distance(
-    exact: Original, half: Original, prompts: list[list[int]], answers: list[Answer]
+    exact: Original,
+    half: Original,
+    prompts: list[list[int]],
+    answers: list[Answer],
+    scored: list[Answer],
 ) -> tuple[str, float]:
     """(what was found, the largest error in a log-probability that was seen)."""
     ours, theirs = [], []
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for prompt, answer, scores in zip(prompts, answers, scored, strict=True):
         tokens = prompt + answer.tokens
         right, near = (model.logprobs(tokens) for model in (exact, half))
-        said = [each.logprob for each in [*(answer.prompt_logprobs or []), *answer.logprobs]]
+        said = scores.prompt_logprobs + answer.logprobs
         if len(said) != len(tokens) - 1:
             raise CheckFailed(f"{len(said)} log-probabilities came for {len(tokens) - 1} tokens")
         ours.append(torch.tensor(said, device=right.device) - right)

@@ -62,25 +62,38 @@ class Bench:
     def run(
         self, prompts: list[list[int]], out: int, all_started: Callable[[], None] | None = None, **params
     ) -> list[Answer]:
-        """All prompts at once, out tokens each, greedy; all_started is called once each has a token."""
-        outputs: queue.SimpleQueue = queue.SimpleQueue()
+        """All prompts at once, out tokens each, greedy; all_started is called once each has a token.
+
+        Outputs are only noted as they come: to wake this thread for each would take time from the engine's.
+        """
         params = {"temperature": 0.0, "ignore_eos": True, "max_tokens": out} | params
+        events: queue.SimpleQueue = queue.SimpleQueue()  # a last output, or None: each has a token
         answers: dict[str, Answer] = {}
+        started: set[str] = set()
+
+        def note(output: Output) -> None:
+            answers[output.id].outputs.append((time.perf_counter(), output))
+            if all_started is not None and output.id not in started:
+                started.add(output.id)
+                if len(started) == len(prompts):
+                    events.put(None)
+            if output.finish_reason is not None:
+                events.put(output)
+
         for prompt in prompts:
             request = Request(id=f"b{self._count}", prompt_token_ids=prompt, params=SamplingParams(**params))
-            answers[request.id] = Answer(time.perf_counter())
             self._count += 1
-            self.engine.submit(request, lambda output: outputs.put((time.perf_counter(), output)))
+            answers[request.id] = Answer(time.perf_counter())
+            self.engine.submit(request, note)
         running = len(prompts)
         while running:
-            now, output = outputs.get(timeout=WAIT_S)
-            if output.error:
-                raise RuntimeError(output.error)
-            answers[output.id].add(now, output)
-            running -= output.finish_reason is not None
-            if all_started is not None and all(answer.times for answer in answers.values()):
+            event = events.get(timeout=WAIT_S)
+            if event is None:
                 all_started()
-                all_started = None
+            elif event.error:
+                raise RuntimeError(event.error)
+            else:
+                running -= 1
         return list(answers.values())
 
     def stats(self) -> Stats:
@@ -94,24 +107,35 @@ class Bench:
         return (answer.times[0] - answer.began) * 1e3, answer
 
 
+@dataclass
 class Answer:
-    """One request's tokens, when it was submitted and each of them came (time.perf_counter()), and what was
-    said of them."""
+    """One request's outputs, each with when it came; began: when it was submitted. time.perf_counter()'s."""
 
-    def __init__(self, began: float) -> None:
-        self.began = began
-        self.tokens: list[int] = []
-        self.times: list[float] = []
-        self.logprobs: list = []
-        self.prompt_logprobs: list | None = None
-        self.last: Output | None = None
+    began: float
+    outputs: list[tuple[float, Output]] = field(default_factory=list)
 
-    def add(self, now: float, output: Output) -> None:
-        self.tokens += output.token_ids
-        self.times += [now] * len(output.token_ids)
-        self.logprobs += output.logprobs or []
-        self.prompt_logprobs = output.prompt_logprobs or self.prompt_logprobs
-        self.last = output
+    @property
+    def last(self) -> Output:
+        return self.outputs[-1][1]
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for _, output in self.outputs for token in output.token_ids]
+
+    @property
+    def times(self) -> list[float]:
+        """When each token came."""
+        return [now for now, output in self.outputs for _ in output.token_ids]
+
+    @property
+    def logprobs(self) -> list[float]:
+        """Of the tokens."""
+        return [each.logprob for _, output in self.outputs for each in output.logprobs or []]
+
+    @property
+    def prompt_logprobs(self) -> list[float]:
+        """Of the prompt's tokens but the first."""
+        return [each.logprob for _, output in self.outputs for each in output.prompt_logprobs or []]
 
 
 @dataclass

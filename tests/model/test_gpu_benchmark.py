@@ -17,6 +17,9 @@ import gpu_check
 import gpu_kernels
 from gpu_model import CHECK_LAYERS, FULL, Ceilings, Floors, config_of, directory
 from gpu_profile import covered, plain, table
+from gpu_run import Answer
+
+from ds_serve.messages import Output
 
 MEASURED = "check,decode,ttft,rate,host,profile"
 
@@ -62,6 +65,24 @@ def test_log_probabilities_too_far_off_are_refused(other, monkeypatch):
     job = {"folder": other, "dry": True, "tp": 1, "pp": 1, "parts": [], "settings": {}}
     with pytest.raises(gpu_check.CheckFailed, match="bfloat16, fast path: log-probabilities"):
         gpu_check.check(job)
+
+
+def test_other_tokens_of_the_fast_path_are_refused_where_float32_is_sure():
+    class Sure:
+        """Token 5 is best by far, 6 and 7 are nearly equal."""
+
+        def logits(self, tokens):
+            return torch.tensor([[0, 0, 0, 0, 0, 9.0, 4.0, 3.9]]).expand(len(tokens), -1)
+
+    def answers(*tokens: int) -> list[Answer]:
+        return [Answer(0.0, [(1.0, Output(id="a", token_ids=list(tokens)))])]
+
+    same = gpu_check._same_where_clear(Sure(), [[1]], answers(5, 6, 6), answers(5, 7, 1), 0.1)
+    assert "the same 1 tokens of 3, up to 1 answers' first token" in same
+    with pytest.raises(gpu_check.CheckFailed, match="1 tokens and 1 more the fast path drew 6"):
+        gpu_check._same_where_clear(Sure(), [[1]], answers(5, 6), answers(5, 5), 0.1)
+    with pytest.raises(gpu_check.CheckFailed, match="agree in 0 of 5 tokens only"):
+        gpu_check._same_where_clear(Sure(), [[1]], answers(6, 6, 6, 6, 6), answers(7, 6, 6, 6, 6), 0.1)
 
 
 def test_floors_are_those_worked_out_by_hand():
