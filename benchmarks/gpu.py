@@ -265,7 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name, text in found.get("texts", {}).items():
             print(f"-- {name}\n{text}")
         short = {row: round(value, 2) for row, value in found.get("rows", {}).items()}
-        print(f"[{kind} engine done] {short}", flush=True)  # should the table never come
+        print(f"[{kind} engine done] {found.get('in_use')} {short}", flush=True)  # should no table come
     if args.dry_run:
         print("A dry run, tiny model on a CPU: these figures mean nothing, and goals and vLLM are of a GPU.")
     print(f"tp={args.tp} pp={args.pp} {' '.join(args.set)}")

@@ -73,6 +73,7 @@ def check(job: dict) -> list[str]:
         plain = bench.run(prompts, scale.check_out)
     lines = [_tokens_of_float32(exact, prompts, plain)]
     with _engine(job, scale, prompts, dtype="bfloat16") as bench:
+        in_use = bench.in_use
         fast = bench.run(prompts, scale.check_out)
         told = bench.run(prompts, scale.check_out, logprobs=ALTERNATIVES)
         scored = bench.run(prompts, 1, prompt_logprobs=0)  # this takes no prefix from the cache
@@ -80,7 +81,7 @@ def check(job: dict) -> list[str]:
     line, doubt = _distance(exact, half, prompts, told, scored)
     with _engine(job, scale, prompts, dtype="bfloat16", **PLAIN) as bench:
         plain = bench.run(prompts, scale.check_out)
-    return [*lines, line, _same_where_clear(exact, prompts, fast, plain, doubt)]
+    return [*lines, f"fast path: {in_use}", line, _same_where_clear(exact, prompts, fast, plain, doubt)]
 
 
 @contextlib.contextmanager
@@ -90,6 +91,7 @@ def _engine(job: dict, scale: Scale, prompts: list[list[int]], **chosen) -> Iter
         "max_num_batched_tokens": scale.check_chunk,
         "max_model_len": max(lengths),
         "num_blocks": sum(lengths) // 8 + 64,
+        "kv_cache_memory": None,
     }
     settings = settings_of(job | {"parts": [], "settings": job["settings"] | chosen}, scale, **own)
     bench = Bench(settings, scale)

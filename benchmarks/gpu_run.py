@@ -42,7 +42,13 @@ class Bench:
         self._rng = random.Random(0)
         self._count = 0
         self.launches_s = 0.0  # that rank 0's thread took to launch steps
-        self._time_launches(self.engine._loop._ranks.worker)
+        worker = self.engine._loop._ranks.worker
+        graphs = None if worker._graphs is None else f"of up to {worker._graphs.sizes[-1]} rows"
+        self.in_use = (
+            f"attention {worker.model.backend.name}, layers fused or compiled: "
+            f"{worker.model.injection.injected} + {worker.model.injection.compiled}, graphs: {graphs}"
+        )
+        self._time_launches(worker)
 
     def _time_launches(self, worker) -> None:
         launch = worker.launch
@@ -147,6 +153,7 @@ class Found:
     texts: dict[str, str] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     first_token_at: float = 0.0  # seconds since the epoch
+    in_use: str = ""  # of what makes CUDA fast
 
     def put(self, row: str, value: float, note: str = "") -> None:
         self.rows[row], self.notes[row] = value, note
@@ -295,20 +302,20 @@ PARTS: dict[str, Callable[[Bench, Found], None]] = {
 def settings_of(job: dict, scale: Scale, **own) -> Settings:
     """The engine's settings: those of the figures, this job's own, then what the caller set by hand."""
     longest = scale.long[-1] + 64
-    prompts = HOST_POOL_PROMPTS * longest
-    if "host" not in job["parts"]:
-        prompts = max(scale.batches + scale.rates) * (scale.prompt + scale.out) + 4 * longest
     chosen = {
         "model": job["folder"],
         "device": "cpu" if job["dry"] else "cuda",
         "max_num_seqs": max(scale.batches + scale.rates),
         "max_num_batched_tokens": scale.chunk,
         "max_model_len": longest,
-        "num_blocks": -(-prompts // 16) + 64,
-        "host_cache": ("64MiB" if job["dry"] else "8GiB") if "host" in job["parts"] else 0,
         "tensor_parallel": job["tp"],
         "pipeline_parallel": job["pp"],
     }
+    if "host" in job["parts"]:  # a small device pool, so that few prompts push another out of it
+        chosen["num_blocks"] = HOST_POOL_PROMPTS * longest // 16 + 64
+        chosen["host_cache"] = "64MiB" if job["dry"] else "8GiB"
+    elif job["dry"]:
+        chosen["kv_cache_memory"] = "64MiB"
     return Settings(**(chosen | own | job["settings"]))
 
 
@@ -319,6 +326,7 @@ def run(job: dict, save: Callable[[dict], None]) -> None:
     logging.getLogger("ds_serve").setLevel(logging.INFO)  # which attention, what is compiled, which graphs
     scale = DRY if job["dry"] else FULL
     bench, found = Bench(settings_of(job, scale), scale), Found()
+    found.in_use = bench.in_use
     bench.run(bench.prompts(1, scale.prompt), 1)
     found.first_token_at = time.time()
     save(asdict(found))
