@@ -1,4 +1,4 @@
-"""The command line: ds-serve serve | generate | check | bench | chat.
+"""The command line: ds-serve serve | generate | check | plan | bench | chat.
 
 Turns flags into Settings (every setting is a flag), and starts the server or the pipeline; where these need
 several ranks and no launcher has started them, the launcher first. Heavy imports happen only in the command
@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from ds_serve import launch
 from ds_serve.bench import arguments as bench_arguments
 from ds_serve.chat import arguments as chat_arguments
-from ds_serve.config import SECRETS, Settings
+from ds_serve.config import SECRETS, Settings, parse_bytes
 
 DEMO = "demo"
 SHORT = {"tensor_parallel": "--tp", "pipeline_parallel": "--pp"}
@@ -72,6 +72,15 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--job", help=argparse.SUPPRESS)
     launch.add_arguments(check)
     check.set_defaults(command=_check)
+    plan = commands.add_parser(
+        "plan", help="what a model takes and what fits, before anything is loaded", description=_plan.__doc__
+    )
+    _add_settings(plan)
+    plan.add_argument(
+        "--device-memory", metavar="SIZE", help="of each accelerator (141GB); default: this machine's"
+    )
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.set_defaults(command=_plan)
     bench = commands.add_parser(
         "bench", help="a load test of any OpenAI-compatible URL", description=bench_arguments.DESCRIPTION
     )
@@ -227,6 +236,17 @@ def _check(args: dict) -> int:
     code, left = _launch_job("check", settings, options, [args["json"]])
     # Where ranks are lost the launcher's code is that of the first one, and not rank 0's.
     return int(left) if left.isdecimal() else code if code > 128 else 3
+
+
+def _plan(args: dict) -> int:
+    """What a model takes on each rank and what is left for KV, without loading it. Exit code 0: it fits,
+    1: it does not, and the output proposes what would, 2: bad arguments or a model that is not served."""
+    settings = _settings(args | {"log_level": args.get("log_level", "warning")})
+    if launch.ranks() is not None:
+        raise ValueError("plan: it needs no ranks: start it without a launcher")
+    from ds_serve.planning import run
+
+    return run(settings, parse_bytes(args["device_memory"]), args["json"])
 
 
 def _run_check(settings: Settings, json_file: str | None) -> int:

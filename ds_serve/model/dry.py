@@ -141,9 +141,9 @@ def _no_weights(settings: Settings, config: PreTrainedConfig, model_class: type)
         else:
             module = model_class._from_config(config, dtype=dtype, attn_implementation=attention)
     wide = "|".join(map(re.escape, module._get_dtype_plan(dtype)))
-    for name, parameter in module.named_parameters():
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if wide and re.search(rf"(?:^|\.)(?:{wide})(?:\.|$)", name):
-            parameter.data = parameter.data.to(torch.float32)
+            tensor.data = tensor.data.to(torch.float32)
     return module.eval().requires_grad_(False)
 
 
