@@ -120,7 +120,8 @@ class GraphRunner:
         self._order = torch.arange(max_num_seqs + 1, device=device)
         self._query_start = self._order.int()
         tables = max_num_seqs, max_blocks
-        held = tables if self._backend.reads_tables else (1, 1)
+        self._reads_tables = self._backend.reads_tables
+        held = tables if self._reads_tables else (1, 1)
         self._tables = tuple(
             torch.zeros(held, dtype=torch.int32, device=device).expand(tables) for _ in range(groups)
         )
@@ -148,7 +149,7 @@ class GraphRunner:
         """
         rows = rows or next(size for size in self.sizes if size >= step.num_rows)
         fill(self._integers[: rows * self._num_fields], self._packed(step, rows))
-        if self._backend.reads_tables:
+        if self._reads_tables:
             for ours, table in zip(self._tables, put(step.tables, self._slab.device), strict=True):
                 ours[: step.num_rows, : table.shape[1]].copy_(table)
                 ours[step.num_rows : rows, :1] = self._scratch

@@ -1,8 +1,9 @@
 """A CPU that records graphs as CUDA does, for tests: ops with the memory that they read and write, no Python.
 
 A replay runs the recorded ops on the memory of the recording: what the recording function computes in Python
-is frozen, and what it asked of the host is an error. Before each step static inputs and output are filled
-with nonsense, so that what is not written, or read late, shows.
+is frozen, and what it asked of the host is an error. Kernels of the stand-in for FlashInfer are recorded as
+they are. Before each step static inputs and output are filled with nonsense, so that what is not written, or
+read late, shows.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+import fake_flashinfer
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from ds_serve.attention.cpu import CpuBackend
@@ -31,6 +33,16 @@ class _Tape(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._calls: list[tuple] = []
+
+    def kernel(self, function: Callable[..., None]) -> Callable[..., None]:
+        """function, which is kept as a whole."""
+
+        def call(*args):
+            with _disable_current_modes():
+                function(*args)
+            self._calls.append((function, args, {}, None))
+
+        return call
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.__name__.partition(".")[0] in WAITS:
@@ -60,6 +72,8 @@ class CpuRecorder:
         tape = _Tape()
         with pytest.MonkeyPatch.context() as patch, tape:
             patch.setattr(torch.Tensor, "tolist", waits)  # on CPU it is no op
+            for owner, name in ((fake_flashinfer, "_attend"), (fake_flashinfer._Wrapper, "_own_plan")):
+                patch.setattr(owner, name, tape.kernel(getattr(owner, name)))
             run()
         return tape.replay
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import Counter
 from dataclasses import replace
 
+import fake_flashinfer
 import pytest
 import torch
 from hypothesis import given
@@ -15,10 +17,13 @@ from recorded_graphs import CpuRecorder, recorded_graphs
 from tiny_models import build, mixed_prompts, oracles, run_all, save
 
 from ds_serve import demo
+from ds_serve.attention import flashinfer
 from ds_serve.attention.context import use_batch
 from ds_serve.attention.cpu import CpuBackend
+from ds_serve.attention.flashinfer import FlashInferBackend
 from ds_serve.attention.reference import ReferenceBackend
 from ds_serve.config import Settings
+from ds_serve.model import loader
 from ds_serve.model.loader import load
 from ds_serve.parallel.grid import Grid
 from ds_serve.parallel.place import Place
@@ -29,16 +34,12 @@ from ds_serve.worker.graphs import GraphRunner, graph_sizes
 from ds_serve.worker.inputs import TokenPool, upload
 from ds_serve.worker.trial import trial_step
 
-PROMPTS = mixed_prompts(24, longest=30)
+PROMPTS = mixed_prompts(16, longest=30)
 LENGTHS = [4 + (7 * index) % 29 for index in range(len(PROMPTS))]
 TIGHT = {"num_blocks": 24, "max_num_batched_tokens": 64, "max_num_seqs": 20}
-CASES = {"llama": 6, "gemma2": 24}  # one group of layers, and three; blocks that are too few for all rows
+FEW_BLOCKS = {"llama": 24, "gemma2": 60}  # of 4 tokens; one group of layers, and three
 if os.environ.get("DS_SERVE_TEST_ALL") == "1":
-    CASES |= {"qwen3": 6, "mistral": 6, "gpt2": 6, "gpt_oss": 24}
-PRESSURES = {
-    "preemption": {"max_num_batched_tokens": 64},
-    "host cache": {"max_num_seqs": 11, "host_cache": 2**20},
-}
+    FEW_BLOCKS |= {"qwen3": 24, "mistral": 24, "gpt2": 24}
 
 
 @given(st.integers(1, 4096))
@@ -49,25 +50,45 @@ def test_a_graph_of_a_size_serves_the_sizes_below(most):
         assert size - smaller - 1 <= max(7, (smaller + 1) / 4)
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=FEW_BLOCKS)
 def case(request, tmp_path_factory):
     model = build(request.param)
     folder = save(model, tmp_path_factory.mktemp(request.param))
-    return folder, CASES[request.param], oracles(model, PROMPTS, LENGTHS)
+    return folder, FEW_BLOCKS[request.param], oracles(model, PROMPTS, LENGTHS)
 
 
-@pytest.mark.parametrize("pressure", list(PRESSURES))
-def test_tokens_are_those_of_generate(pressure, case, engine_of):
+def replayed(engine, wanted: list, replays: Counter):
+    """The accounts of an engine that gives the wanted tokens, twice, and replays most of its steps."""
+    recorded = replays.total()
+    assert run_all(engine, PROMPTS, LENGTHS) == wanted
+    assert run_all(engine, PROMPTS, LENGTHS) == wanted
+    stats = engine.stats()
+    assert replays.total() - recorded > stats.num_steps / 2
+    return stats
+
+
+def test_preempted_with_flashinfer_s_plans(case, engine_of, monkeypatch):
+    def select(device, dtype, block_size, prefer):
+        return FlashInferBackend(device, dtype, fake_flashinfer)
+
+    monkeypatch.setattr(flashinfer, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(flashinfer, "HEAD_DIMS", (8, 16))
+    monkeypatch.setattr(loader, "select_backend", select)
     folder, num_blocks, wanted = case
     with recorded_graphs() as replays, late_device(step_s=0.001):
-        engine = engine_of(model=folder, num_blocks=num_blocks, **PRESSURES[pressure])
-        recorded = replays.total()
-        assert run_all(engine, PROMPTS, LENGTHS) == wanted
-        assert run_all(engine, PROMPTS, LENGTHS) == wanted
-    stats = engine.stats()
-    assert replays.total() - recorded > 40
-    assert pressure != "preemption" or stats.num_preemptions > 0
-    assert pressure != "host cache" or stats.cached_tokens_host > 0
+        engine = engine_of(
+            model=folder, num_blocks=num_blocks, block_size=4, max_num_batched_tokens=64, max_num_seqs=20
+        )
+        stats = replayed(engine, wanted, replays)
+    assert stats.num_preemptions > 0
+
+
+def test_prefixes_from_the_host_with_the_op_for_cpus(case, engine_of):
+    folder, _, wanted = case
+    with recorded_graphs() as replays, late_device(step_s=0.001):
+        engine = engine_of(model=folder, num_blocks=24, max_num_seqs=11, host_cache=2**20)
+        stats = replayed(engine, wanted, replays)
+    assert stats.cached_tokens_host > 0
 
 
 @pytest.mark.parametrize(
@@ -84,7 +105,7 @@ def test_draws_are_those_of_eager_steps(params, llama, engine_of):
         engine = engine_of(model=llama, **TIGHT)
         recorded = replays.total()
         assert run_all(engine, PROMPTS, LENGTHS, **params) == wanted
-    assert replays.total() - recorded > 10
+    assert replays.total() - recorded > 5
 
 
 def test_grammars_hold_in_replayed_steps(engine_of):
