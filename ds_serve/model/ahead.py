@@ -6,10 +6,14 @@ that nobody uses, or one at first use. Knows no weights. Called by the loader.
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from transformers import PreTrainedConfig
 
 from ds_serve.config import Settings
+
+logger = logging.getLogger(__name__)
 
 
 def begin_builds(settings: Settings, config: PreTrainedConfig, device: torch.device) -> None:
@@ -20,9 +24,13 @@ def begin_builds(settings: Settings, config: PreTrainedConfig, device: torch.dev
 
     text = config.get_text_config(decoder=True)
     dtype = text.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    if dtype is not None:
+    if dtype is None:
+        return
+    try:
         for dim, group, windowed, capped in kernel_shapes(text):
             start_builds(device, dtype, dim, group, windowed, capped)
+    except Exception as error:  # what cannot be built will be said where it is used
+        logger.info("attention's kernels could not be built ahead: %s", error)
 
 
 def kernel_shapes(config: PreTrainedConfig) -> list[tuple[int, int, bool, bool]]:

@@ -19,9 +19,10 @@ from ds_serve.attention import flashinfer
 from ds_serve.attention.backends import select_backend
 from ds_serve.attention.context import AttentionBatch, HostRows
 from ds_serve.attention.flashinfer import FlashInferBackend
-from ds_serve.attention.flashinfer_plan import Kind, pages_of
+from ds_serve.attention.flashinfer_plan import Kind, Planner, Resources, pages_of
+from ds_serve.config import Settings
 from ds_serve.model import loader
-from ds_serve.model.ahead import kernel_shapes
+from ds_serve.model.ahead import begin_builds, kernel_shapes
 
 CPU = torch.device("cpu")
 UNPACKED = Path("/tmp/fi/flashinfer")  # pip download --no-deps flashinfer-python==0.6.14, unzipped
@@ -50,6 +51,16 @@ def test_steps_are_those_of_the_reference(layers, with_host):
             sequences.backend.prepare(batch)
         sequences.compare(batch, sequences.qkv(batch.num_tokens))
     assert sequences.backend.captures
+
+
+def test_a_batch_without_host_is_read_at_each_pass():
+    sequences = started([Layer(), Layer()])
+    batch = sequences.step([(0, 20), (1, 9)], with_host=False)
+    sequences.compare(batch, sequences.qkv(29))
+    following = sequences.step([(0, 4), (1, 25)], with_host=False)
+    for name in ("slot_mapping", "query_start", "context_len", "block_tables"):
+        getattr(batch, name).data = getattr(following, name)
+    sequences.compare(batch, sequences.qkv(29))
 
 
 def test_bf16():
@@ -175,6 +186,17 @@ def test_captured_steps_read_only_what_prepare_puts_there(layers):
     small.replay([(5, 1), (3, 1), (1, 1), (0, 1)])
     large.replay([(4, 1)])
     assert "fast" in fake.num_plans and sequences.backend.captures
+
+
+@pytest.mark.parametrize("heads, kv_heads, rows", [(32, 8, 256), (32, 8, 600), (8, 8, 64), (40, 1, 100)])
+def test_work_space_of_large_graphs(heads, kv_heads, rows):
+    """fake_flashinfer refuses a work space that is too small for the plan."""
+    kind = Kind(heads, kv_heads, 128, 1.0, None, None, 0)
+    planner = Planner(Resources(fake, CPU, "fa3"), kind, torch.bfloat16, BLOCK)
+    starts, lengths = np.arange(rows + 1, dtype=np.int32), np.ones(rows, np.int32)
+    host = HostRows(starts, lengths, (np.zeros((rows, 1), np.int32),), graph=rows)
+    planner.plan(host, 4)
+    assert planner.is_planned(host)
 
 
 def test_a_table_longer_than_its_graph_allows_is_an_error():
@@ -327,6 +349,34 @@ def test_builds_begin_ahead(prefill, group, wanted, monkeypatch):
     for thread in flashinfer.start_builds(CPU, torch.bfloat16, 64, group, True, False):
         thread.join()
     assert len(fake.built) == len(wanted) and set(fake.built) == wanted
+
+
+@pytest.mark.parametrize(
+    "fields, wanted",
+    [
+        ({}, [(torch.float16, 64, 2, False, False)]),
+        ({"dtype": "bfloat16"}, [(torch.bfloat16, 64, 2, False, False)]),
+        ({"attention": "reference"}, []),
+    ],
+)
+def test_builds_begin_with_the_loading(fields, wanted, monkeypatch):
+    begun = []
+    monkeypatch.setattr(flashinfer, "start_builds", lambda device, *shape: begun.append(shape))
+    config = AutoConfig.for_model("llama", **COMMON | {"head_dim": 64, "dtype": "float16"})
+    for device in (torch.device("cuda"), CPU):
+        begin_builds(Settings(model="none", **fields), config, device)
+    assert begun == wanted
+
+
+def test_builds_that_cannot_begin_do_no_harm(monkeypatch, caplog):
+    def fail(*shape):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(flashinfer, "start_builds", fail)
+    config = AutoConfig.for_model("llama", **COMMON | {"dtype": "float16"})
+    with caplog.at_level("INFO"):
+        begin_builds(Settings(model="none"), config, torch.device("cuda"))
+    assert "could not be built ahead: no compiler" in caplog.text
 
 
 def test_no_builds_where_flashinfer_cannot_run():
