@@ -20,6 +20,7 @@ from types import MethodType
 from typing import Any, Literal
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 from torch.fx import Graph, GraphModule
 from torch.utils._pytree import tree_map_only
@@ -67,7 +68,7 @@ def compile_layers(
 
     Attention must be installed, with layout for its KV. auto: on CUDA only. Fused layers stay.
     """
-    device = layout_device(stage)
+    device = next(stage.module.parameters()).device
     if mode == "off" or (mode == "auto" and device.type != "cuda"):
         return
     names = {index: f"layer {index}" for index in stage.layers}
@@ -78,6 +79,8 @@ def compile_layers(
             report.explain(name, "not compiled: the model has no list of decoder layers")
         return
     layers = {names[i]: stack[i] for i in stage.layers if not isinstance(stack[i], FusedDecoderLayer)}
+    if not layers:
+        return
     began = time.perf_counter()
     work = _Work(stage, layout, grid, device)
     work.run(layers, report)
@@ -85,10 +88,6 @@ def compile_layers(
         "%d of %d layers compiled in %.1f s, as %d graphs",
         report.compiled, len(layers), time.perf_counter() - began, work.backend.num_graphs,
     )  # fmt: skip
-
-
-def layout_device(stage: Stage) -> torch.device:
-    return next(stage.module.parameters()).device
 
 
 def inductor(traced: GraphModule, inputs: list) -> Callable:
@@ -233,7 +232,8 @@ class _Work:
         kind = _kind(layer)
         reason = self.failed.get(kind) or _unfit(layer, calls)
         self._together(reason)
-        merge(layer)
+        if merge(layer):
+            get_accelerator().empty_cache()  # the next one needs a larger piece than those that are free now
         if self.shard_sum is not None:
             sum_rows(layer, self.shard_sum)
         forward = MethodType(self._compiled(type(layer)), layer)
