@@ -21,13 +21,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from gpu_check import CheckFailed, check
+from gpu_check import verdict
 from gpu_model import DRY, FULL, Ceilings, Floors, Scale, config_of, prepare
 from gpu_run import run
 
@@ -92,14 +92,25 @@ class Jobs:
     def run(self, job: dict, caches: str | None = None, timed: bool = False) -> dict:
         """What gpu_run.run() has saved, and seconds to the first token. A process that fails says so on
         stderr; what it had saved until then counts, and its end is an error beside it."""
-        if job["dry"] and not timed and job["tp"] * job["pp"] == 1:
+        if not timed and _stays(job):
             found: dict = {}
             run(job, found.update)
             return found
+        return self._process("gpu_run", job, caches)
+
+    def check(self, job: dict) -> list[str]:
+        """The check's lines. SystemExit where the engine is not right, or could not be tried."""
+        found = verdict(job) if _stays(job) else self._process("gpu_check", job)
+        if "lines" not in found:
+            reason = found.get("failure") or f"the check {found['errors']['process']}"
+            raise SystemExit(f"the engine is not right here, so nothing was timed: {reason}")
+        return found["lines"]
+
+    def _process(self, module: str, job: dict, caches: str | None = None) -> dict:
         with tempfile.TemporaryDirectory() as folder:
             files = [Path(folder) / "job.json", Path(folder) / "found.json"]
             files[0].write_text(json.dumps(job))
-            command, environment = _command(job, [str(each) for each in files])
+            command, environment = _command(module, job, [str(each) for each in files])
             if caches is not None and not job["dry"]:  # a CPU would compile its kernels for minutes
                 environment |= _caches(caches)
             began = time.time()
@@ -110,23 +121,28 @@ class Jobs:
                 end = f"was not done in {self._args.timeout:.0f} seconds"
             finally:
                 end_group(child.pid)
-            found = json.loads(files[1].read_text()) if files[1].is_file() else {"errors": {}}
+            found = json.loads(files[1].read_text()) if files[1].is_file() else {}
             if end:
-                found["errors"]["process"] = end
+                found.setdefault("errors", {})["process"] = end
             if "first_token_at" in found:
                 found["first_token_s"] = found["first_token_at"] - began
             return found
 
 
-def _command(job: dict, files: list[str]) -> tuple[list[str], dict[str, str]]:
+def _stays(job: dict) -> bool:
+    """Whether a job may run in this process."""
+    return job["dry"] and job["tp"] * job["pp"] == 1
+
+
+def _command(module: str, job: dict, files: list[str]) -> tuple[list[str], dict[str, str]]:
     here = Path(__file__).parent
     if job["tp"] * job["pp"] == 1:
-        return [sys.executable, str(here / "gpu_run.py"), *files], dict(os.environ)
+        return [sys.executable, str(here / f"{module}.py"), *files], dict(os.environ)
     device = "cpu" if job["dry"] else "cuda"
     settings = Settings(
         model=job["folder"], device=device, tensor_parallel=job["tp"], pipeline_parallel=job["pp"]
     )
-    started = several(settings, Options(), "gpu_run", files)
+    started = several(settings, Options(), module, files)
     path = f"{here}:{os.environ.get('PYTHONPATH', '')}"
     return started.command, started.environment | {"PYTHONPATH": path}
 
@@ -150,10 +166,11 @@ def measure(args: argparse.Namespace, made: dict) -> Iterator[tuple[str, dict]]:
     jobs = Jobs(args, made["large"])
     world = {"tp": args.tp, "pp": args.pp}
     alone = args.tp * args.pp == 1
+    cold = alone and "cold" in args.parts and args.caches is None  # kept caches are warm ones
     speed = [part for part in ("decode", "ttft", "rate", "profile") if part in args.parts]
     with _fresh(args.caches) as caches:
-        if speed or "cold" in args.parts:
-            yield "cold", jobs.run(jobs.job(speed, **world), caches, timed=alone and "cold" in args.parts)
+        if speed or cold:
+            yield "cold" if cold else "first", jobs.run(jobs.job(speed, **world), caches, timed=cold)
         if alone and "warm" in args.parts:
             yield "warm", jobs.run(jobs.job([]), caches, timed=True)
         if alone and "host" in args.parts:
@@ -180,7 +197,7 @@ class Table:
         self.errors: list[str] = []
 
     def take(self, kind: str, found: dict) -> None:
-        self.errors += [f"{part}: {reason}" for part, reason in found["errors"].items()]
+        self.errors += [f"{part}: {reason}" for part, reason in found.get("errors", {}).items()]
         if kind in ("cold", "warm") and "first_token_s" in found:
             self._rows[f"start/{kind}"] = found["first_token_s"]
         if kind == "one":
@@ -234,12 +251,13 @@ class Table:
         return f"start to first token, {which}, s", None, False
 
 
-def _apart(args: argparse.Namespace, work: Callable, *arguments):
-    """work(*arguments) in a process of its own, which gives its memory back; on a dry run in this one."""
+def _made(args: argparse.Namespace) -> dict:
+    """Models and ceilings; by a process of its own, which gives the device's memory back."""
+    arguments = (args.dry_run, args.folder, set(args.parts))
     if args.dry_run:
-        return work(*arguments)
+        return prepare(*arguments)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(work, *arguments).result()
+        return pool.submit(prepare, *arguments).result()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -249,18 +267,18 @@ def main(arguments: list[str] | None = None) -> int:
         raise SystemExit(f"--parts: no {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     if args.caches is not None:
         os.environ |= _caches(args.caches)  # for the check too
-    made = _apart(args, prepare, args.dry_run, args.folder, set(args.parts))
+    made = _made(args)
     scale, ceilings = DRY if args.dry_run else FULL, Ceilings(**made["ceilings"])
     print(f"{made['device']}: {ceilings.line()}", flush=True)
     if "check" in args.parts:
-        try:
-            print("\n".join(_apart(args, check, Jobs(args, made["small"]).job([]))), flush=True)
-        except CheckFailed as failure:
-            raise SystemExit(f"the engine is not right here, so nothing was timed: {failure}") from None
+        jobs = Jobs(args, made["small"])
+        print("\n".join(jobs.check(jobs.job([], args.tp, args.pp))), flush=True)
+    if "large" not in made:
+        return 0
     what = "tp" if args.tp > 1 else "pp" if args.pp > 1 else "one"
     floors = Floors(config_of(args.dry_run), ceilings, scale, args.tp, args.pp)
     table = Table(what, scale, floors, args.dry_run)
-    for kind, found in measure(args, made) if "large" in made else ():
+    for kind, found in measure(args, made):
         table.take(kind, found)
         for name, text in found.get("texts", {}).items():
             print(f"-- {name}\n{text}")

@@ -3,20 +3,26 @@
 In float32 with plain attention, the tokens are those of transformers' generate. In bfloat16 with everything
 fast, log-probabilities of prompts and answers are as near to transformers' float32 as transformers' own
 bfloat16 is, within a factor; and the tokens are those of the engine's plain path wherever float32 leaves no
-doubt which token is the best. Used by gpu.py.
+doubt which token is the best. Used by gpu.py; several ranks run this file, as gpu_run.py.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from gpu_model import DRY, FULL, Scale
 from gpu_run import Answer, Bench, settings_of
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
+
+from ds_serve.launch import ranks
+from ds_serve.rank import follow
 
 TIE = 1e-4  # of the logits' standard deviation: nearer than this two float32 sums may come out either way
 RMS_FACTOR, MAX_FACTOR = 1.5, 4.0  # of the errors that transformers' own bfloat16 has
@@ -82,6 +88,14 @@ def check(job: dict) -> list[str]:
     with _engine(job, scale, prompts, dtype="bfloat16", **PLAIN) as bench:
         plain = bench.run(prompts, scale.check_out)
     return [*lines, f"fast path: {in_use}", line, _same_where_clear(exact, prompts, fast, plain, doubt)]
+
+
+def verdict(job: dict) -> dict:
+    """check() as plain values: its lines, or the failure."""
+    try:
+        return {"lines": check(job)}
+    except CheckFailed as failure:
+        return {"failure": str(failure)}
 
 
 @contextlib.contextmanager
@@ -185,3 +199,14 @@ def _same_where_clear(
 def _first_difference(one: list[int], other: list[int]) -> int | None:
     pairs = zip(one, other, strict=True)
     return next((at for at, (left, right) in enumerate(pairs) if left != right), None)
+
+
+def main() -> int:
+    if (env := ranks()) is not None and env.rank > 0:
+        return follow()
+    Path(sys.argv[2]).write_text(json.dumps(verdict(json.loads(Path(sys.argv[1]).read_text()))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -124,12 +124,14 @@ def products_skinny(clock: Clock, dry: bool) -> Iterator[Line]:
     for name in (*PER_LAYER, "head"):
         weights = Weights(clock, SHAPES[name], scale)
         for rows in all_rows:
-            found = []
+            found, failure = [], None
             for tiling in SKINNY[:2] if dry else SKINNY:
                 try:
                     found.append((*weights.time(functools.partial(skinny, tiling=tiling), rows), tiling))
-                except triton.runtime.errors.OutOfResources:
-                    continue
+                except Exception as error:  # too much shared memory, or what the compiler cannot do
+                    failure = error
+            if not found:
+                raise failure
             us, floor, tiling = min(found)
             yield Line(f"skinny {name} M={rows}", us, floor, f"tiling {tiling}")
 
