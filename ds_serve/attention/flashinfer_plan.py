@@ -155,6 +155,7 @@ class Planner:
     def is_planned(self, rows: HostRows) -> bool:
         return rows is (self._graphs.planned if rows.graph else self._planned)
 
+    @torch.inference_mode(False)  # what a plan keeps must be writable in and out of inference mode
     def plan(self, rows: HostRows, width: int) -> None:
         """All that run needs, on the host and the device. width: of the block tables of rows' graph."""
         if rows.graph:

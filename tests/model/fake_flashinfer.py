@@ -265,6 +265,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
     ) -> None:
         assert not use_cuda_graph and backend in ("fa2", "fa3")
         self._open(float_workspace_buffer, kv_layout)
+        self._kv_lens_buffer = torch.empty(32768, dtype=torch.int32)
 
     def plan(
         self,
@@ -305,6 +306,8 @@ class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
     ) -> None:
         _check_pages(paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, page_size)
         assert causal and qo_indptr[0] == 0 and len(qo_indptr) == len(paged_kv_indptr)
+        lengths = paged_kv_indptr.diff() * page_size - page_size + paged_kv_last_page_len
+        self._kv_lens_buffer[: len(lengths)].copy_(lengths)
         arrays = qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len
         self._arrays = [array.clone() for array in arrays]
         sizes = num_qo_heads, num_kv_heads, head_dim_qk, page_size

@@ -63,6 +63,21 @@ def test_a_batch_without_host_is_read_at_each_pass():
     sequences.compare(batch, sequences.qkv(29))
 
 
+def test_plans_in_and_out_of_inference_mode():
+    """What a wrapper keeps is made by whoever comes first and written by all."""
+    sequences = started([Layer()])
+    with torch.inference_mode():
+        graph = Graph(sequences, 3, 8)
+        batch = sequences.step([(0, 40), (1, 1)])
+        sequences.compare(batch, sequences.qkv(41))
+    with torch.no_grad():
+        batch = sequences.step([(0, 1), (1, 7)])
+        sequences.compare(batch, sequences.qkv(8))
+        graph.inputs = [tuple(x.clone() for x in each) for each in graph.inputs]
+        sequences.backend.prepare(graph.batch)
+        sequences.run(graph.batch, graph.inputs)
+
+
 def test_bf16():
     sequences = started([Layer(dim=64, options={"scale": 0.125})], torch.bfloat16)
     for step in STEPS:
