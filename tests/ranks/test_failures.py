@@ -77,14 +77,14 @@ import os, sys
 from ds_serve.cli import main
 from ds_serve.worker.worker import Worker
 
-step = Worker.step
+launch = Worker.launch
 
-def broken_step(self, plan):
+def broken_launch(self, plan):
     if plan.step > 20 and os.environ.get("RANK") == "1":
         raise FloatingPointError("broken on purpose")
-    return step(self, plan)
+    return launch(self, plan)
 
-Worker.step = broken_step
+Worker.launch = broken_launch
 sys.exit(main())
 """
 
