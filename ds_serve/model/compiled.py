@@ -96,7 +96,7 @@ def inductor(traced: GraphModule, inputs: list) -> Callable:
 
     tensors = [each for each in inputs if isinstance(each, torch.Tensor)]
     size = "many" if any(isinstance(each, torch.SymInt) for each in inputs) else "one"
-    return compile_fx(traced, inputs, config_patches=OPTIONS[tensors[0].device.type][size])
+    return compile_fx(traced, inputs, config_patches=OPTIONS.get(tensors[0].device.type, {}).get(size))
 
 
 compiler: Compile = inductor  # what tests replace
@@ -154,7 +154,7 @@ class _Work:
         self.stage, self.layout, self.backend = stage, layout, _Backend()
         self.reduce = grid.all_reduce if grid.place.tp > 1 else None
         self.shard_sum = ShardSum(grid) if grid.place.tp > 1 else None
-        lengths = LENGTHS[device.type]
+        lengths = LENGTHS.get(device.type, LENGTHS["cpu"])
         config = stage.module.config.get_text_config(decoder=True)
         if sum(lengths) > (getattr(config, "max_position_embeddings", None) or sum(lengths)):
             lengths = LENGTHS["cpu"]

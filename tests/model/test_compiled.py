@@ -194,6 +194,14 @@ def test_a_compiler_that_fails_leaves_the_model_as_it_was(backends, engine_of, t
     assert len([each for each in warned if "not compiled" in str(each.message)]) == 1
 
 
+def test_an_option_that_inductor_does_not_know_leaves_layers_as_they_are(backends, tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled, "compiler", compiled.inductor)
+    monkeypatch.setitem(compiled.OPTIONS, "cpu", {"one": {"no_such": 1}, "many": {"no_such": 1}})
+    with pytest.warns(RuntimeWarning, match="no_such"):
+        model = loaded(build("llama", num_hidden_layers=1), tmp_path)
+    assert model.injection.compiled == 0 and step(model, 0, 5).isfinite().all()
+
+
 def test_where_one_product_cannot_be_compiled_there_are_several(backends, tmp_path, monkeypatch):
     def fail_merged(traced, inputs):
         products = [node for node in traced.graph.nodes if node.target is F.linear]
