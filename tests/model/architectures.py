@@ -6,6 +6,8 @@ ones, scripts/coverage_table.py makes docs/models.md of both tests' results.
 
 from __future__ import annotations
 
+import transformers
+from packaging.version import Version
 from tiny_models import ADAPTED, build
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -312,7 +314,12 @@ ONE_OF_EACH = [
 
 
 def is_known(name: str) -> bool:
-    """Whether the installed transformers has the architecture of SERVED or REFUSED by that name."""
+    """Whether the installed transformers has the architecture of SERVED or REFUSED by that name.
+
+    5.17's Moshi is left out: where it is given no mask it lets tokens see later ones, and is refused at load.
+    """
+    if name == "moshi" and Version(transformers.__version__) < Version("5.23"):
+        return False
     return (SERVED.get(name) or REFUSED[name])[0] in CONFIG_MAPPING
 
 
