@@ -146,7 +146,7 @@ class Settings(BaseSettings):
     max_num_batched_tokens: int = Field(2048, ge=1, description="tokens in one step at most")
     max_queue: int = Field(10_000, ge=1, description="waiting requests at most")
     steps_in_flight: int | None = Field(
-        None, ge=1, le=64, description="steps planned ahead; default: 2, in a pipeline the number of stages"
+        None, ge=1, le=64, description="steps planned ahead; default: one more than there are stages"
     )
 
     attention: Literal["auto", "reference", "cpu", "flashinfer"] = Field(
@@ -290,8 +290,8 @@ class Settings(BaseSettings):
 
     @property
     def max_steps_in_flight(self) -> int:
-        """Steps planned ahead: as set, or enough to keep every stage at work."""
-        return self.steps_in_flight or max(2, self.pipeline_parallel)
+        """Steps planned ahead: as set, or one at work on each stage and one that waits for the first."""
+        return self.steps_in_flight or self.pipeline_parallel + 1
 
     @property
     def tokens_in_flight(self) -> int:

@@ -278,12 +278,11 @@ class NewSequence(_Message):
 class Row(_Message):
     """One sequence's part in a step: positions [start, start + count) of the slot's tokens.
 
-    Workers keep each slot's tokens (a sampled token is appended by the worker itself) and block
-    table: new_block_ids is appended, for each block_size tokens an entry for each group of layers. It is
-    NO_BLOCK where the group's layers see those tokens no more. A row with sample=True ends at the
-    sequence's last token. In a pipeline only the last stage draws tokens, and it hands none of them
-    back: token_ids brings the row's last tokens, those that were drawn since the slot was taken. Of a
-    scored row the log-probabilities of the prompt tokens that follow its positions are asked for.
+    Workers keep each slot's tokens (a sampled token is appended by the ranks themselves, on the way from the
+    last stage to the first) and block table: new_block_ids is appended, for each block_size tokens an entry
+    for each group of layers. It is NO_BLOCK where the group's layers see those tokens no more. A row with
+    sample=True ends at the sequence's last token. Of a scored row the log-probabilities of the prompt tokens
+    that follow its positions are asked for.
     """
 
     slot: int
@@ -292,7 +291,6 @@ class Row(_Message):
     new_block_ids: list[int] = []
     sample: bool = False
     scored: bool = False
-    token_ids: list[int] = []
 
 
 class StepPlan(_Message, tag="plan"):

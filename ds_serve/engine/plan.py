@@ -109,7 +109,6 @@ class Draft:
                 sequence.is_announced = True
                 new.append(_new(sequence, self.limits))
                 new_blocks = list(sequence.table.block_ids)
-            drawn = sequence.token_ids[max(start, sequence.num_admitted) : start + count]
             rows.append(
                 Row(
                     slot=sequence.slot,
@@ -118,13 +117,13 @@ class Draft:
                     new_block_ids=new_blocks,
                     sample=samples,
                     scored=is_scored,
-                    token_ids=drawn if self.limits.num_stages > 1 else [],
                 )
             )
             parts.append(Part(sequence, count, samples, is_scored))
             sequence.num_scheduled += count
             sequence.num_pending += samples
             sequence.num_in_flight += 1
+            sequence.last_step = step
         loads = [pair for _, pairs in self.loads for pair in pairs]
         return StepPlan(step=step, new=new, rows=rows, loads=loads, stores=self.stores), parts
 

@@ -29,7 +29,6 @@ class Planner:
         self._limits = limits
         self._books = books
         self._cache = books.cache
-        self._is_pipeline = limits.num_stages > 1
         self._num_plans = 0
 
     def next(self) -> StepPlan | None:
@@ -78,9 +77,16 @@ class Planner:
                 draft.take(sequence, count, blocks, is_decode)
 
     def _gap(self, sequence: Sequence) -> int:
-        """Tokens that a step may compute now: in a pipeline only those whose values are known here."""
-        waits = sequence.is_loading or (self._is_pipeline and sequence.num_pending)
-        return 0 if waits else sequence.gap
+        """Tokens that a step may compute now."""
+        return 0 if sequence.is_loading or self._is_others_turn(sequence) else sequence.gap
+
+    def _is_others_turn(self, sequence: Sequence) -> bool:
+        """Whether the other micro-batches come first: the token that it waits for is still being drawn.
+
+        Who runs alone waits for nobody: the stages hand the token on sooner than they would hear of it here.
+        """
+        is_recent = self._num_plans - sequence.last_step < self._limits.num_batches
+        return is_recent and sequence.num_pending > 0 and len(self._books.running) > 1
 
     def _grow(self, sequence: Sequence, num_tokens: int, draft: Draft) -> list[int] | None:
         """Blocks for a running sequence, preempting from the end of the order; None: not in this step."""

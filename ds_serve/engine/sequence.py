@@ -16,8 +16,7 @@ class Sequence:
         num_pending      sampled by steps in flight, value not yet known here
         num_scheduled    KV is written, or will be by the steps and loads in flight
         num_computed     KV is written, confirmed by a result
-        num_admitted     known when it took its slot; the ranks draw later ones, or, in a pipeline, get
-                         them with the plan that computes them
+        num_admitted     known when it took its slot; the ranks draw later ones
         num_prefill      of num_admitted, those that were not in the cache
 
         num_computed <= num_scheduled <= len(token_ids) + num_pending
@@ -39,6 +38,7 @@ class Sequence:
         "is_loading",
         "is_sampled",
         "is_scored",
+        "last_step",
         "look_again_at",
         "num_admitted",
         "num_cached_tokens",
@@ -75,6 +75,7 @@ class Sequence:
         self.num_admitted = 0
         self.num_prefill = 0
         self.num_in_flight = 0  # steps, and its loads as one
+        self.last_step = 0  # the number of the last step that it took part in
         self.is_loading = False  # more of its prefix is to be loaded, or is under way: no rows until then
         self.num_loaded = 0  # tokens that loads have brought since it took its slot
         self.num_cached_tokens: int | None = (

@@ -25,6 +25,7 @@ from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataP
 
 from ds_serve.parallel import peer, shm
 from ds_serve.parallel.place import Place
+from ds_serve.parallel.wayback import WayBack
 
 TIMEOUT = timedelta(minutes=10)  # for a collective; ranks that die or hang are seen by control.py long before
 
@@ -56,6 +57,7 @@ class Grid:
         self._sends: deque = deque()
         self._links: dict[int, object] = {}  # rank of this shard in a neighbouring stage -> the pair's group
         self.uses_shm, self._peers = False, None
+        self.way_back = WayBack(place) if place.pp > 1 else None
         if groups is not None:
             self._connect(all_reduce)
 
@@ -105,6 +107,8 @@ class Grid:
             self.receive(token)
         if not place.is_last_stage:
             self.send_on(token)
+        if self.way_back is not None:
+            self.way_back.use(get_accelerator().current_device_name())
         get_accelerator().synchronize()
 
     # -- what deepspeed.init_inference asks of its mpu ---------------------------------------------
@@ -210,6 +214,8 @@ class Grid:
 
     def close(self) -> None:
         """Leaves the groups; all ranks do so together, after their last step."""
+        if self.way_back is not None:
+            self.way_back.close()
         for work, _ in self._sends:
             work.wait()
         self._sends.clear()

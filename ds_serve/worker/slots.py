@@ -128,10 +128,6 @@ class SlotTable:
             self._num_entries[row.slot] = held + len(row.new_block_ids)
             entries = self._blocks[row.slot].reshape(-1)
             entries[held : self._num_entries[row.slot]] = row.new_block_ids
-        if row.token_ids:
-            end = row.start + row.count
-            self._tokens[row.slot, end - len(row.token_ids) : end] = row.token_ids
-            self._num_known[row.slot] = end
 
     def _tables(
         self, slots: np.ndarray, slot_of: np.ndarray, positions: np.ndarray

@@ -34,6 +34,7 @@ from ds_serve.worker.graphs import GraphRunner, recorder_of
 from ds_serve.worker.inputs import StepInputs, TokenPool, upload
 from ds_serve.worker.launched import Launched, Untold, timer
 from ds_serve.worker.memory import kv_room, told_in_step
+from ds_serve.worker.returning import Returning
 from ds_serve.worker.sampled import SampleOutput, ScoreOutput
 from ds_serve.worker.sampler import Sampler
 from ds_serve.worker.sizes import cut_groups, num_blocks, num_host_blocks
@@ -100,6 +101,9 @@ class Worker:
         if grid.place.samples:
             self._sampler = Sampler(settings.max_num_seqs, model.vocab_size, model.device, constraints)
         self._pool = TokenPool(settings.max_num_seqs, model.device)
+        self._returning: Returning | None = None
+        if grid.place.pp > 1 and grid.place.is_first_stage:
+            self._returning = Returning(grid, self._pool, settings.max_steps_in_flight)
         self._constraints = constraints
         self._untold = None if constraints is None else Untold(constraints)
         logger.info(
@@ -213,12 +217,17 @@ class Worker:
         self._admit(plan.new)
         step = self._slots.gather(plan.rows)
         has_masks = self._begin_masks(step, wait=False)
+        if self._returning is not None:
+            with clock.waiting():
+                self._returning.take(step.drawn_in)
         graphs = self._graphs if self._graphs is not None and self._graphs.takes(step) else None
         if graphs is None:
             inputs = upload(step, self._slab, self.layout, self._pool)
         else:
             inputs = graphs.upload(step)
         progress.batch = inputs.attention
+        if self._returning is not None:
+            self._returning.expect(inputs.slots, step.slots)
         with clock.waiting():
             hidden = self._receive(step.num_tokens, graphs)
         output = self._compute(inputs, hidden) if graphs is None else graphs.replay(inputs)
@@ -236,7 +245,9 @@ class Worker:
         return launched
 
     def close(self) -> None:
-        """Waits for the copies that were started. May be called twice."""
+        """Waits for the copies that were started, and for tokens under way. May be called twice."""
+        if self._returning is not None:
+            self._returning.close()
         self._graphs = None  # collectives are recorded in them: they go before the groups
         if self._sampler is not None:
             self._sampler.close()
@@ -293,9 +304,11 @@ class Worker:
         if self._sampler is not None and num_drawn:
             drawn = self._sampler.sample(logits[:num_drawn], step.slots, step.drawn_at)
             self._sampler.append(step.slots, drawn.token_ids)
-        if num_drawn and self.place.pp == 1:  # in a pipeline the first stage learns tokens from the next plan
+        if num_drawn and self.place.pp == 1:
             token_ids = torch.empty_like(inputs.slots) if drawn is None else drawn.token_ids
             self._pool.put(inputs.slots, self._grid.share_tokens(token_ids))
+        elif drawn is not None:
+            self._grid.way_back.send(drawn.token_ids)
         if self._sampler is not None and step.scored:
             scored = self._sampler.score(logits[num_drawn:], inputs.targets, step.scored).started()
         return None if drawn is None else drawn.started(), scored

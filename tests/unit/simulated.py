@@ -163,8 +163,8 @@ class Copies:
 class SimulatedWorker:
     """Runs plans at once and gives the results back in order, as the ranks do.
 
-    One stage remembers the tokens that it draws. Of several, the first knows what plans tell it and no more,
-    and the last draws. Stages have equally many ranks, each with its own KV and host memory.
+    They remember the tokens that they draw. Stages have equally many ranks, each with its own KV and host
+    memory.
 
     copies are what plans have ordered and copy() has not done yet. Until then their targets hold nothing that
     anybody may read. cached_error is added to log probabilities of sequences that began with a prefix hit.
@@ -217,9 +217,8 @@ class SimulatedWorker:
             checksums = [rank.attend(row) for row in plan.rows]
         drawn = [(row.slot, sum_) for row, sum_ in zip(plan.rows, checksums, strict=True) if row.sample]
         sampled = [sum_ % VOCAB for _, sum_ in drawn]
-        if self.num_stages == 1:
-            for (slot, _), token in zip(drawn, sampled, strict=True):
-                self.tokens[slot].append(token)
+        for (slot, _), token in zip(drawn, sampled, strict=True):
+            self.tokens[slot].append(token)
         for new in plan.new:
             self.is_hit[new.slot] = next(row.start > 0 for row in plan.rows if row.slot == new.slot)
         logprobs = [self._logprobs(slot, sum_) for slot, sum_ in drawn]
@@ -272,14 +271,8 @@ class SimulatedWorker:
         )
 
     def _inputs(self, row: Row) -> list[int]:
-        """The row's tokens, which the first stage must know by now."""
+        """The row's tokens, which must have been drawn by now."""
         known, end = self.tokens[row.slot], row.start + row.count
-        if row.token_ids:
-            assert self.num_stages > 1, "one stage remembers its tokens itself"
-            assert len(known) + len(row.token_ids) == end, (
-                "token_ids are not the row's last, or known already"
-            )
-            known += row.token_ids
         assert end <= len(known), "a row goes past the known tokens"
         assert row.sample == (end == len(known)), "samples in mid-sequence"
         return known[row.start : end]

@@ -1,7 +1,8 @@
 """How busy a pipeline's stages are, by events instead of waiting: a scheduler against stages of given times.
 
-A stage runs the steps in order, each as soon as it is free and the stage before has handed the step on. Knows
-no model; tokens come from a simulated worker. Used by tests and by the pipeline benchmark.
+A stage runs the steps in order, each as soon as it is free and the stage before has handed the step on, the
+first once the tokens that the step begins with have been drawn. Knows no model; tokens come from a simulated
+worker. Used by tests and by the pipeline benchmark.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ def run(
     worker = SimulatedWorker(cache.num_blocks, cache.block_size, limits.max_num_seqs, limits.num_stages)
     free_at = [0.0] * limits.num_stages
     times = StageTimes(0.0, [0.0] * limits.num_stages)
+    drawn_at = [0.0] * limits.max_num_seqs  # of each slot's last token
     coming = deque(sorted(arrivals, key=lambda arrival: arrival[0]))
     in_flight: deque = deque()
     now = active_since = 0.0
@@ -66,11 +68,15 @@ def run(
             assert refused is None, refused
         while scheduler.can_plan and (plan := scheduler.schedule()) is not None:
             active_since = active_since if in_flight else now
-            end, counts = now, [row.count for row in plan.rows]
+            counts = [row.count for row in plan.rows]
+            slots = {row.slot for row in plan.rows} - {new.slot for new in plan.new}
+            end = max([now, *(drawn_at[slot] for slot in slots)])
             times.steps.append((now, counts))
             for stage in range(limits.num_stages):
                 end = free_at[stage] = max(end, free_at[stage]) + stage_s(sum(counts))
                 times.busy_s[stage] += stage_s(sum(counts))
+            for row in plan.rows:
+                drawn_at[row.slot] = end if row.sample else 0.0
             in_flight.append((end, worker.run(plan)))
         end, result = in_flight.popleft()
         now = max(now, end) + host_s

@@ -154,10 +154,7 @@ def test_what_is_no_message_is_a_failure_of_the_link(tmp_path, monkeypatch):
 
 
 def test_a_plan_of_64_rows_comes_back_as_it_was():
-    rows = [
-        Row(slot=i, start=1000 + i, count=1, new_block_ids=[i], sample=True, token_ids=[7 * i])
-        for i in range(64)
-    ]
+    rows = [Row(slot=i, start=1000 + i, count=1, new_block_ids=[i], sample=True) for i in range(64)]
     for message in (
         StepPlan(step=3, rows=rows),
         StepPlan(step=4, loads=[(70_000, 3), (1, 2)], stores=[(5, 0)]),

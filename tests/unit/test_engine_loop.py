@@ -203,8 +203,9 @@ class ScriptedInbox:
         return self.batches.popleft() if self.batches else []
 
 
-def make_loop(ranks, delivered, *batches, clock=lambda: 0.0, stopwatch=lambda: 0.0):
-    scheduler = Scheduler(Limits(8, 16, 64, max_steps_in_flight=2, num_stages=2), CacheManager(32, 4))
+def make_loop(ranks, delivered, *batches, clock=lambda: 0.0, stopwatch=lambda: 0.0, max_steps_in_flight=2):
+    limits = Limits(8, 16, 64, max_steps_in_flight=max_steps_in_flight, num_stages=2)
+    scheduler = Scheduler(limits, CacheManager(32, 4))
     return EngineLoop(scheduler, ranks, ScriptedInbox(*batches), delivered.extend, clock, stopwatch)
 
 
@@ -237,7 +238,7 @@ def test_active_time_counts_while_a_step_is_in_flight():
     # Two tokens: in flight from 10 to 11 and from 20 to 23, and asked before, within (at 21.5) and after.
     batches = [[ask], [make_request("a", [1, 2], 2)], [], [], [ask]]
     ranks = SimulatedRanks(2)
-    loop = make_loop(ranks, delivered, *batches, clock=lambda: next(now))
+    loop = make_loop(ranks, delivered, *batches, clock=lambda: next(now), max_steps_in_flight=1)
     turns = iter(range(9))
     collect_one = ranks.collect
 

@@ -21,7 +21,7 @@ class Pipeline:
 
     def __init__(self, num_stages, num_blocks=4096, **limits):
         defaults = {"max_num_seqs": 64, "max_num_batched_tokens": 2048, "max_model_len": 4096}
-        limits = {"max_steps_in_flight": num_stages, "num_stages": num_stages} | defaults | limits
+        limits = {"max_steps_in_flight": num_stages + 1, "num_stages": num_stages} | defaults | limits
         self.scheduler = Scheduler(Limits(**limits), CacheManager(num_blocks, BLOCK))
         self.worker = SimulatedWorker(num_blocks, BLOCK, limits["max_num_seqs"], num_stages)
         self.results = deque()
@@ -78,29 +78,34 @@ def test_batches_that_lost_requests_are_evened_out():
 
 
 @pytest.mark.parametrize("num_stages", [2, 3, 4])
-def test_at_most_one_step_a_stage_is_in_flight(num_stages):
+def test_a_step_a_stage_is_in_flight_and_one_that_waits(num_stages):
     pipeline = Pipeline(num_stages)
     pipeline.add(*(make_request(i, [i, 2, 3], 9) for i in range(12)))
-    for _ in pipeline.plans():
-        assert len(pipeline.results) <= num_stages
+    assert max(len(pipeline.results) for _ in pipeline.plans()) == num_stages + 1
 
 
-def test_a_drawn_token_is_planned_only_once_it_is_known():
+def test_a_lone_request_waits_for_no_word_of_its_tokens():
     pipeline = Pipeline(2)
-    pipeline.add(make_request("a", [1, 2, 3], 3))
-    (first,) = pipeline.plan()
-    assert rows(first) == [(0, 3, True)] and not first.rows[0].token_ids
+    pipeline.add(make_request("a", [1, 2, 3], 5))
+    assert [rows(plan) for plan in pipeline.plan()] == [[(0, 3, True)], [(3, 1, True)], [(4, 1, True)]]
     pipeline.land()
-    (second,) = pipeline.plan()
-    assert rows(second) == [(3, 1, True)] and second.rows[0].token_ids == pipeline.tokens["a"]
+    assert [rows(plan) for plan in pipeline.plan()] == [[(5, 1, True)]]
+
+
+@pytest.mark.parametrize("num_stages", [2, 3])
+def test_batches_take_turns_while_their_tokens_are_drawn(num_stages):
+    pipeline = Pipeline(num_stages)
+    pipeline.add(*(make_request(i, [i, 2], 30) for i in range(6)))
+    batches = [{row.slot for row in plan.rows} for plan in islice(pipeline.plans(), 6, 18)]
+    assert batches == batches[:num_stages] * (12 // num_stages)
+    assert sum(map(len, batches[:num_stages])) == 6
 
 
 def test_a_lone_long_prompt_fills_the_stages():
     pipeline = Pipeline(2)
     pipeline.add(make_request("a", prompt(1000), 1))
-    assert [rows(plan) for plan in pipeline.plan()] == [[(0, 250, False)], [(250, 250, False)]]
-    pipeline.land()
-    assert [rows(plan) for plan in pipeline.plan()] == [[(500, 250, False)]]
+    chunks = [[(0, 250, False)], [(250, 250, False)], [(500, 250, False)]]
+    assert [rows(plan) for plan in pipeline.plan()] == chunks
     pipeline.land()
     assert [rows(plan) for plan in pipeline.plan()] == [[(750, 250, True)]]
 
@@ -111,7 +116,7 @@ def test_short_prompts_are_not_cut_and_waiting_ones_are_shared_out():
     assert [rows(plan) for plan in pipeline.plan()] == [[(0, MIN_CHUNK_TOKENS, True)]]
     pipeline = Pipeline(2)
     pipeline.add(*(make_request(i, prompt(100, i), 1) for i in range(16)))
-    assert [[row.count for row in plan.rows] for plan in pipeline.plan()] == [[100] * 4] * 2
+    assert [[row.count for row in plan.rows] for plan in pipeline.plan()] == [[100] * 4] * 3
 
 
 def test_what_the_cache_holds_is_not_shared_out():
@@ -119,7 +124,8 @@ def test_what_the_cache_holds_is_not_shared_out():
     pipeline.add(make_request("a", prompt(3000), 1))
     list(pipeline.plans())
     pipeline.add(make_request("b", prompt(3000) + [48] * 1000, 1))
-    assert [rows(plan) for plan in pipeline.plan()] == [[(3000, 250, False)], [(3250, 250, False)]]
+    chunks = [[(3000, 250, False)], [(3250, 250, False)], [(3500, 250, False)]]
+    assert [rows(plan) for plan in pipeline.plan()] == chunks
 
 
 @pytest.mark.parametrize("num_stages", [2, 4])
@@ -151,8 +157,8 @@ def test_more_decodes_than_the_smallest_chunk_still_go_evenly():
     assert sizes == [300] * 8
 
 
-def test_a_readmitted_sequence_brings_everything_and_then_only_what_is_new():
-    pipeline = Pipeline(2)
+def test_a_readmitted_sequence_brings_everything_that_was_drawn():
+    pipeline = Pipeline(2, max_steps_in_flight=1)
     request = make_request("a", [1, 2, 3, 4, 5], 6)
     pipeline.add(request)
     for _ in range(3):
@@ -163,10 +169,10 @@ def test_a_readmitted_sequence_brings_everything_and_then_only_what_is_new():
     drawn = list(pipeline.tokens["a"])
     (plan,) = pipeline.plan()
     assert plan.new[0].token_ids == [1, 2, 3, 4, 5, *drawn]
-    assert rows(plan) == [(4, 4, True)] and not plan.rows[0].token_ids, "a prefix hit, and no token twice"
+    assert rows(plan) == [(4, 4, True)], "a prefix hit"
     pipeline.land()
     (plan,) = pipeline.plan()
-    assert rows(plan) == [(8, 1, True)] and plan.rows[0].token_ids == pipeline.tokens["a"][-1:]
+    assert rows(plan) == [(8, 1, True)]
     list(pipeline.plans())
     assert pipeline.tokens["a"] == expected_output(request)
 
@@ -175,9 +181,9 @@ def test_abort_with_several_chunks_in_flight_keeps_the_blocks_until_the_last_lan
     pipeline = Pipeline(4)
     pool = pipeline.scheduler.cache.pool
     pipeline.add(make_request("a", prompt(1000), 5))
-    assert len(pipeline.plan()) == 4
+    assert len(pipeline.plan()) == 5
     assert pipeline.scheduler.abort("a").finish_reason == "abort"
-    for _ in range(4):
+    for _ in range(5):
         assert pool.num_free < pool.num_blocks
         pipeline.land()
     assert pool.num_free == pool.num_blocks and not pipeline.scheduler.num_in_flight
@@ -192,19 +198,22 @@ def test_a_victim_with_several_chunks_in_flight_is_drained_and_loses_nothing():
         pipeline.plan()
         drained += [each.num_in_flight for each in pipeline.scheduler.books.running if each.draining]
         pipeline.land()
-    assert drained == [2, 1] and pipeline.scheduler.stats().num_preemptions
+    assert drained == [3, 2, 1] and pipeline.scheduler.stats().num_preemptions
     assert pipeline.tokens == {request.id: expected_output(request) for request in requests}
 
 
 STEP = stage_times.linear(0.005, 0.0002)
 
 
+@pytest.mark.parametrize("host_s", [0.0005, 0.004])
 @pytest.mark.parametrize("num_stages", [2, 4])
-def test_decoding_requests_keep_every_stage_busy(num_stages):
+def test_decoding_requests_keep_every_stage_busy(num_stages, host_s):
+    """Also where the host takes half as long as a stage: tokens do not go by it."""
     scheduler = Pipeline(num_stages).scheduler
-    times = stage_times.run(scheduler, [(0, make_request(i, [i, 2], 64)) for i in range(32)], STEP, 0.0005)
-    print(f"32 decoding on {num_stages} stages: {[round(each, 3) for each in times.utilisation]} busy")
-    assert min(times.utilisation) >= 0.85
+    times = stage_times.run(scheduler, [(0, make_request(i, [i, 2], 64)) for i in range(32)], STEP, host_s)
+    busy = [round(each, 3) for each in times.utilisation]
+    print(f"32 decoding on {num_stages} stages, {host_s * 1e3} ms of host: {busy} busy")
+    assert min(times.utilisation) >= 0.93
 
 
 @pytest.mark.parametrize("num_stages", [2, 4])
