@@ -11,6 +11,7 @@ import os
 import pytest
 import torch
 from architectures import SERVED, refused_on, tiny
+from tiny_adapters import adapt
 from tiny_models import save
 from tiny_quantised import quantise
 
@@ -141,6 +142,17 @@ def test_what_does_not_fit_says_why_and_proposes_what_was_tried(folder, capsys, 
 def test_more_ranks_than_accelerators_are_a_problem(folder):
     plan = make_plan(Settings(model=folder("gemma2"), tensor_parallel=2), Machine(True, 141 * 10**9, 1))
     assert plan.problems == ["2 ranks take an accelerator each, and this machine has 1"]
+
+
+def test_adapters_are_counted_and_refused_as_at_load(folder, tmp_path):
+    adapter = adapt(tiny("llama_tied"), tmp_path / "fr", 0, {"r": 4, "target_modules": ["q_proj", "v_proj"]})
+    size = sum(each.nbytes for name, each in adapter.named_parameters() if "lora_" in name)
+    without = make_plan(Settings(model=folder("llama_tied")), H200).shares[0].weights
+    settings = Settings(model=folder("llama_tied"), adapters={"fr": str(tmp_path / "fr")})
+    assert 0 <= make_plan(settings, H200).shares[0].weights - without - size < 0.5 * size
+    settings = Settings(model=folder("gemma2"), adapters={"fr": str(tmp_path / "nowhere")})
+    with pytest.raises(ModelLoadError, match="nowhere"):
+        make_plan(settings, H200)
 
 
 @pytest.mark.parametrize("kind", ["bitsandbytes-int8", "fp8"])
