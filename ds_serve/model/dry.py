@@ -277,10 +277,10 @@ class _Held(TorchDispatchMode):
 
 
 class _SilentGrid(Grid):
-    """A rank's grid in which nothing is sent."""
+    """A rank's place and shards for who cuts a model; nothing is sent, so there is nothing to set up."""
 
     def __init__(self, place: Place) -> None:
-        super().__init__(place)
+        self.place = place
         first = place.stage * place.tp
         self._shards = torch.distributed.new_group(range(first, first + place.tp)) if place.tp > 1 else None
 
