@@ -117,9 +117,13 @@ def kv_room(
     wanted = wanted_bytes(layout, settings)
     while True:
         used = _measure(model, layout, settings, grid.place, longest, meter)
-        blocks = (used.left if wanted is None else min(wanted, used.left)) // layout.bytes_per_block
-        [held] = grid.minimum([windows.longest(max(0, blocks), longest)])
-        if settings.max_model_len is not None or 2 * held >= longest or longest <= SHORTEST:
+        if wanted is None:
+            held = windows.longest(max(0, used.left) // layout.bytes_per_block, longest)
+            is_enough = 2 * held >= longest
+        else:
+            is_enough = wanted <= used.left_at_most
+        [all_have_enough] = grid.minimum([is_enough])
+        if all_have_enough or settings.max_model_len is not None or longest <= SHORTEST:
             break
         longest = max(longest // 2, SHORTEST)
     if wanted is not None and wanted > used.left_at_most:

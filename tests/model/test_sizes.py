@@ -89,6 +89,8 @@ def test_nothing_left_and_too_much_wanted_name_the_numbers_and_what_to_do(folder
     with pytest.raises(ModelLoadError, match=r"KV is to have 6442450944 bytes.*Give KV less"):
         room_of(folders("llama"), roomy, kv_cache_memory="6GiB")
     assert room_of(folders("llama"), roomy, kv_cache_memory="4GiB").longest == 512
+    roomy.seen.clear()
+    assert room_of(folders("llama"), roomy, num_blocks=1).longest == 512 and set(roomy.seen) == {512}
 
 
 def test_a_step_that_does_not_fit_is_measured_as_a_whole_device(folders, monkeypatch):
