@@ -57,14 +57,24 @@ class _CudaRecorder:
         self._free = self._free_bytes()
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
+        graph, failure = torch.cuda.CUDAGraph(), None
         # The outer context: where a recording fails, torch's own leaves its stream the current one.
         # thread_local: other threads (the copier's, NCCL's) may go on using the device.
-        with (
-            torch.cuda.stream(self._stream),
-            torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
-        ):
-            run()
+        try:
+            with (
+                torch.cuda.stream(self._stream),
+                torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
+            ):
+                try:
+                    run()
+                except Exception as error:
+                    failure = error
+        finally:
+            if failure is not None:  # the end of the recording raises then too, and says less
+                # That end gives torch's random numbers back to eager code, where it does not raise.
+                numbers = torch.cuda.default_generators[torch.cuda.current_device()]
+                numbers.graphsafe_set_state(torch.Generator(self._device).graphsafe_get_state())
+                raise failure
         return graph.replay
 
     def bytes_taken(self) -> int:
@@ -114,6 +124,7 @@ class GraphRunner:
         self._replays: dict[int, Callable[[], None]] = {}
         self._num_tried = 0  # blocks that trial steps have overwritten
         device = slab.device
+        self._random = torch.Generator(device).manual_seed(0)
         self._num_fields = MAPPINGS + groups
         # A graph of n rows has the first n * num_fields of them as [num_fields, n]: a step is one copy.
         self._integers = torch.zeros(max_num_seqs * self._num_fields, dtype=torch.int64, device=device)
@@ -239,7 +250,7 @@ class GraphRunner:
         graphs then.
         """
         began, is_recorded = time.perf_counter(), False
-        self._pool.tokens.random_(self._model.vocab_size)
+        self._pool.tokens.random_(self._model.vocab_size, generator=self._random)
         for rows in reversed(self.sizes):  # the largest first: what it leaves of the pool serves the others
             is_recorded = self._record_size(rows, grid, recorder)
             if not is_recorded:
@@ -283,7 +294,7 @@ class GraphRunner:
 
     def _warm_up(self, rows: int) -> None:
         step = self._trial(rows, 0)
-        self._slab[: self._num_tried].normal_()
+        self._slab[: self._num_tried].normal_(generator=self._random)
         batch = self.upload(step, rows).attention
         for _ in range(WARM_UPS):
             self._backend.prepare(batch)
@@ -297,7 +308,7 @@ class GraphRunner:
     def _compare(self, rows: int) -> str | None:
         """What is wrong with a replay of another step than the recorded one."""
         step = self._trial(rows, 1)
-        hidden = None if self._hidden is None else self.hidden(step.num_rows).normal_()
+        hidden = None if self._hidden is None else self.hidden(step.num_rows).normal_(generator=self._random)
         inputs = upload(step, self._slab, self._layout, self._pool)
         batch = inputs.attention
         self._backend.prepare(batch)

@@ -163,6 +163,7 @@ def test_a_forward_pass_that_waits_for_the_device_runs_eagerly(llama, monkeypatc
     gap = worst_gap(engine, PROMPTS, LENGTHS)
     engine.close()
     assert gap <= GAP and not replays
+    assert torch.rand(8, device="cuda").unique().numel() > 4  # a failed capture leaves its mark on these
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import fake_flashinfer
 import pytest
@@ -187,6 +189,17 @@ def test_padding_writes_to_the_scratch_block_and_other_rows_do_not(steps):
         assert changed == sorted(own | ({steps.num_blocks} if padded else set()))
 
 
+def test_backends_see_padding_as_one_token_in_the_scratch_block(steps):
+    with torch.inference_mode():
+        batch = steps.runner.upload(steps.step(3)).attention
+    rows, scratch = batch.host, steps.num_blocks
+    assert rows.graph == len(rows.context_len) == len(batch.context_len) == batch.num_tokens == 4
+    assert rows.query_start.tolist() == batch.query_start.tolist() == [0, 1, 2, 3, 4]
+    assert rows.context_len.tolist() == batch.context_len.tolist() and rows.context_len[3] == 1
+    assert rows.tables[0][3, 0] == batch.block_tables[3, 0] == scratch
+    assert batch.slot_mapping[3] == 16 * scratch
+
+
 def test_a_replay_reads_the_pool_when_it_runs(steps):
     step = steps.step(4)
     first = steps.replayed(step)
@@ -255,6 +268,41 @@ def test_a_backend_that_waits_and_graphs_off_need_no_warning(llama, tokens, engi
         assert served(engine_of, replays, llama) == (tokens, [])
     with recorded_graphs() as replays:
         assert served(engine_of, replays, llama, graphs="off") == (tokens, [])
+
+
+def test_a_failed_recording_raises_the_first_error_and_leaves_its_stream(monkeypatch):
+    left, states = [], []
+    numbers = SimpleNamespace(graphsafe_set_state=states.append)
+    fresh = SimpleNamespace(graphsafe_get_state=lambda: "fresh")
+
+    @contextlib.contextmanager
+    def stream(which):
+        try:
+            yield
+        finally:
+            left.append(which)
+
+    class Graph:
+        def __init__(self, graph, pool, stream, capture_error_mode):
+            assert capture_error_mode == "thread_local"
+
+        def __enter__(self):
+            """Begins."""
+
+        def __exit__(self, *error):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    for name, stand_in in {
+        "Stream": lambda device: "its stream", "graph_pool_handle": lambda: "pool", "stream": stream,
+        "mem_get_info": lambda device: (0, 0), "CUDAGraph": object, "graph": Graph,
+        "default_generators": [numbers], "current_device": lambda: 0,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    recorder = graphs.recorder_of(torch.device("cuda"))
+    monkeypatch.setattr(torch, "Generator", lambda device: fresh)
+    with pytest.raises(ZeroDivisionError):
+        recorder.record(lambda: 1 // 0)
+    assert left == ["its stream"] and states == ["fresh"]
 
 
 def test_a_cpu_has_no_graphs():
