@@ -85,8 +85,8 @@ def test_shards_and_stages_have_their_part_or_are_refused_as_at_load(name, grid,
     whole = dry_rank(alone, read_config(alone), Place(), 8)
     assert sum(len(rank.layout.layers) for rank in ranks) == len(whole.layout.layers)
     total = sum(rank.weight_bytes for rank in ranks) * tp
-    # Shards repeat norms, routers and embeddings, and stages a tied embedding: a tiny model's largest parts.
-    assert whole.weight_bytes <= total <= 1.7 * whole.weight_bytes
+    # Shards repeat embeddings, norms and towers of images, which in tiny models are the largest parts.
+    assert all(rank.weight_bytes < whole.weight_bytes for rank in ranks) and total >= whole.weight_bytes
     assert not torch.distributed.is_initialized()
 
 
