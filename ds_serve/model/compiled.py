@@ -187,12 +187,6 @@ class _Work:
 
     # -- what the originals do -----------------------------------------------------------------
 
-    def _steps(self) -> None:
-        """The probe's steps through the stage as it is now."""
-        for start, end in self.steps:
-            with torch.inference_mode(), use_batch(self._batch(start, end)):
-                self.probe.run(self.stage, start, end)
-
     def _batch(self, start: int, end: int) -> AttentionBatch:
         return chunk(self.layout, self.slab, start, end)
 
@@ -297,10 +291,16 @@ class _Work:
             raise _Failure(reason)
 
     def _settle(self, layers: dict[str, nn.Module], report: InjectionReport) -> None:
-        """Runs the steps as requests do: what would still have to be compiled is compiled now."""
-        reason = None
+        """Runs the steps as requests do: what would still have to be compiled is compiled now.
+
+        Their tensors are made in inference mode or, for CUDA graphs, before: the compiler tells them apart.
+        """
+        made_before = Probe.of(self.stage, self.slab.device, self.steps[-1][1])
         try:
-            self._steps()
+            for probe in (self.probe, made_before):
+                for start, end in self.steps:
+                    with torch.inference_mode(), use_batch(self._batch(start, end)):
+                        probe.run(self.stage, start, end)
         except Exception as error:
             if self.reduce is not None:  # others may wait for this shard
                 raise

@@ -39,9 +39,10 @@ def has_experts(module: nn.Module) -> bool:
 
 @dataclass
 class Probe:
-    """One sequence: ids int64[1, num_tokens] and, after the first stage, hidden [1, num_tokens, H]."""
+    """T tokens of a sequence: ids int64[1, T], positions int64[T]; after the first stage hidden [1, T, H]."""
 
     ids: torch.Tensor
+    positions: torch.Tensor
     hidden: torch.Tensor | None
 
     @classmethod
@@ -52,11 +53,12 @@ class Probe:
         ids = torch.randint(0, vocab, (1, num_tokens), generator=generator)
         hidden = torch.randn(1, num_tokens, stage.hidden_size, generator=generator)
         first = stage.place.is_first_stage
-        return cls(ids.to(device), None if first else hidden.to(device, stage.dtype))
+        positions = torch.arange(num_tokens, device=device)
+        return cls(ids.to(device), positions, None if first else hidden.to(device, stage.dtype))
 
     def run(self, stage: Stage, start: int = 0, end: int = NUM_TOKENS) -> torch.Tensor:
         """The stage's output for positions start .. end - 1: [end - start, V or H]."""
-        positions = torch.arange(start, end, device=self.ids.device)
+        positions = self.positions[start:end]
         hidden = None if self.hidden is None else self.hidden[:, start:end]
         out = stage(self.ids[:, start:end], positions, positions - start, hidden)
         return out if stage.place.is_last_stage else out[0]

@@ -236,6 +236,7 @@ class Stage:
         Logits [S, V] of the tokens named by sampled on the last stage, hidden states [1, T, H] on the others.
         The first stage takes no hidden. Call it inside use_batch(batch).
         """
+        positions = _like_new(positions)
         kept = {"logits_to_keep": sampled} if self._keeps_logits else {}
         with self._given(hidden):
             try:
@@ -252,6 +253,7 @@ class Stage:
             return contextlib.nullcontext()
         if hidden is None:
             raise ValueError(f"hidden: stage {self.place.stage} needs the hidden states of the stage before")
+        hidden = _like_new(hidden[0])[None]
 
         def give(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             if args:
@@ -261,3 +263,11 @@ class Stage:
         # Not for good: a layer with a hook is not one that injection replaces.
         first = self.module.get_submodule(self._stack)[self.first_layer]
         return first.register_forward_pre_hook(give, with_kwargs=True)
+
+
+def _like_new(tensor: torch.Tensor) -> torch.Tensor:
+    """tensor as inference mode makes tensors. Compiled layers tell apart those that were made before, such as
+    a CUDA graph's, or are parts of others, and would have to be compiled for them again."""
+    if torch.is_inference_mode_enabled() and (not tensor.is_inference() or tensor.storage_offset()):
+        return tensor.clone()
+    return tensor
