@@ -57,7 +57,7 @@ class Grid:
         self._sends: deque = deque()
         self._links: dict[int, object] = {}  # rank of this shard in a neighbouring stage -> the pair's group
         self.uses_shm, self._peers = False, None
-        self.way_back = WayBack(place) if place.pp > 1 else None
+        self.way_back: WayBack | None = None
         if groups is not None:
             self._connect(all_reduce)
 
@@ -91,6 +91,8 @@ class Grid:
             group = torch.distributed.new_group(pair, timeout=TIMEOUT)
             if place.rank in pair:
                 self._links[sum(pair) - place.rank] = group
+        if place.pp > 1:
+            self.way_back = WayBack(place)
         self._use_all()
 
     def _use_all(self) -> None:
