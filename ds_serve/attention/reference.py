@@ -79,7 +79,8 @@ class ReferenceBackend:
         if v is not None:
             values[block, offset] = v.to(values.dtype)
         out = q.new_zeros(q.shape[0], q.shape[1], v_dim)
-        starts, lengths = batch.query_start.tolist(), batch.context_len.tolist()
+        rows = batch.host or batch  # a device would have to be waited for
+        starts, lengths = rows.query_start.tolist(), rows.context_len.tolist()
         for row, length in enumerate(lengths):
             first, last = starts[row], starts[row + 1]
             if first == last:
@@ -103,7 +104,7 @@ class ReferenceBackend:
 
 
 def _check_bias(bias: torch.Tensor, batch: AttentionBatch, heads: int, softcap: float | None) -> None:
-    longest = int(batch.context_len.max())
+    longest = int((batch.host or batch).context_len.max())
     if softcap is not None:
         raise ValueError("key_bias: not together with softcap")
     if bias.dim() != 2 or len(bias) != heads or bias.dtype != torch.float32 or bias.shape[1] < longest:
