@@ -11,9 +11,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS / "model"), str(TESTS / "ranks")]
 
 from gaps import worst_gap
+from saying import say
 from tiny_models import mixed_prompts
 
 from ds_serve.config import Settings
@@ -48,10 +50,10 @@ def main() -> int:
             model=folder, tensor_parallel=int(tp), pipeline_parallel=int(pp), num_blocks=60, max_num_seqs=20
         )
         engine = build_local_engine(settings)
-        print(f"gap {worst_gap(engine, PROMPTS, LENGTHS)}", flush=True)
+        say(f"gap {worst_gap(engine, PROMPTS, LENGTHS)}")
         engine.close()
         code = 0
-    print(f"replays {replays.total()}", flush=True)
+    say(f"replays {replays.total()}")
     return code
 
 

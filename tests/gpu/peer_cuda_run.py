@@ -13,9 +13,14 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "ranks"))
+
+from saying import say
 
 from ds_serve.parallel import peer
 from ds_serve.parallel.grid import Grid, meet
@@ -139,7 +144,7 @@ def on_two_gpus() -> dict:
         line = f"{size >> 10:6d} KiB   one-shot {microseconds(timed.all_reduce, size):7.1f} us"
         line += f"   NCCL {microseconds(nccl, size):7.1f} us"
         if shard == 0:
-            print(line, flush=True)
+            say(line)
     grid.close()
     return found
 
@@ -165,7 +170,7 @@ def on_one_gpu() -> dict:
 
 def main() -> None:
     found = on_one_gpu() if sys.argv[1:] == ["one"] else on_two_gpus()
-    print(json.dumps({"wrong": found}), flush=True)
+    say(json.dumps({"wrong": found}))
 
 
 if __name__ == "__main__":

@@ -10,13 +10,14 @@ from __future__ import annotations
 import sys
 
 from matrix_run import main
+from saying import say
 
 from ds_serve.model import compiled, loader
 
 
 def compile_and_tell(stage, layout, grid, report, mode):
     compiled.compile_layers(stage, layout, grid, report, mode)
-    print(f"rank {grid.place.rank} compiled {report.compiled} {report.reasons}", flush=True)
+    say(f"rank {grid.place.rank} compiled {report.compiled} {report.reasons}")
 
 
 class Backend(compiled._Backend):
@@ -32,5 +33,5 @@ if __name__ == "__main__":
     compiled.compiler = lambda traced, inputs: traced.forward
     loader.compile_layers = compile_and_tell
     code = main()
-    print("late graphs", sum(each.num_late for each in Backend.made), flush=True)
+    say(f"late graphs {sum(each.num_late for each in Backend.made)}")
     sys.exit(code)

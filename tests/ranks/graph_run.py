@@ -14,9 +14,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 
 import matrix_run
 from recorded_graphs import recorded_graphs
+from saying import say
 
 if __name__ == "__main__":
     with recorded_graphs() as replays:
         code = matrix_run.main()
-    print(f"replays {replays.total()}", flush=True)
+    say(f"replays {replays.total()}")
     sys.exit(code)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed
+from saying import say
 
 from ds_serve.parallel import peer
 from ds_serve.parallel.grid import Grid, meet
@@ -158,11 +159,11 @@ def main() -> int:
         sys.argv = ["matrix_run.py", *sys.argv[3:]]
         with stand_in(SharedFile(folder)) as memory:
             code = matrix_run.main()
-        print(json.dumps({"calls": memory.num_calls}), flush=True)
+        say(json.dumps({"calls": memory.num_calls}))
         return code
     meet()
     for record in sums(folder):
-        print(json.dumps(record), flush=True)
+        say(json.dumps(record))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return 0
