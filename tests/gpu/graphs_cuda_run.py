@@ -11,8 +11,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS / "model"), str(TESTS / "ranks")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "ranks"))
 
 from gaps import worst_gap
 from saying import say
