@@ -23,6 +23,7 @@ from ds_serve.engine.limits import Limits
 from ds_serve.engine.scheduler import Scheduler
 from ds_serve.messages import Request, SamplingParams, StepResult
 from ds_serve.text.detokenize import Detokenizer
+from ds_serve.worker.inputs import TokenPool, upload
 from ds_serve.worker.slots import SlotTable
 
 TEXT = "The engine speaks integers, the front speaks text, and the workers speak tensors. "
@@ -44,6 +45,7 @@ def main() -> None:
     layout = KVLayout((LayerKV(1, 8, 8),), block_size)
     slab = layout.allocate(num_blocks, "cpu")
     slots = SlotTable(args.running, args.context, block_size)
+    pool = TokenPool(args.running, slab.device)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     text = tokenizer(TEXT * 200, add_special_tokens=False)["input_ids"]
     params = SamplingParams(max_tokens=args.out, temperature=0.0, ignore_eos=True)
@@ -55,6 +57,10 @@ def main() -> None:
 
     parts: dict[str, list[float]] = {"schedule": [], "build_batch": [], "update": [], "detokenize": []}
 
+    def built(step):
+        upload(step, slab, layout, pool)
+        return step
+
     def timed(name, work):
         start = time.perf_counter()
         result = work()
@@ -65,9 +71,8 @@ def main() -> None:
         plan = timed("schedule", scheduler.schedule)
         for new in plan.new:
             slots.admit(new)
-        inputs = timed("build_batch", lambda plan=plan: slots.build(plan.rows, slab, layout))
-        tokens = [text[position % len(text)] for position in inputs.positions]
-        slots.append(inputs.slots, inputs.positions, tokens)
+        step = timed("build_batch", lambda plan=plan: built(slots.gather(plan.rows)))
+        tokens = [text[position % len(text)] for position in step.drawn_at]
         outputs = timed(
             "update", lambda p=plan, t=tokens: scheduler.update(StepResult(step=p.step, token_ids=t))
         )
