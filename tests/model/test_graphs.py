@@ -242,11 +242,26 @@ def tokens(llama):
     return found
 
 
-def test_a_forward_pass_that_waits_for_the_device_runs_eagerly(llama, tokens, engine_of):
+def test_a_forward_pass_that_waits_for_the_device_runs_eagerly(llama, tokens, engine_of, monkeypatch):
+    forward = GraphRunner._forward
+
+    def asking(self, batch):
+        assert batch.context_len.max().item() > 0
+        forward(self, batch)
+
+    with recorded_graphs() as replays:
+        monkeypatch.setattr(GraphRunner, "_forward", asking)
+        found, [warning] = served(engine_of, replays, llama)
+    assert found == tokens
+    assert "without CUDA graphs" in warning and "not permitted when stream is capturing" in warning
+
+
+def test_rows_read_on_the_host_are_not_recorded(llama, tokens, engine_of):
+    """The plain attention reads them, and a graph would keep those of the recorded step."""
     with recorded_graphs((ReferenceBackend,)) as replays:
         found, [warning] = served(engine_of, replays, llama, attention="reference")
     assert found == tokens
-    assert "without CUDA graphs" in warning and "not permitted when stream is capturing" in warning
+    assert "differs from the plain step" in warning
 
 
 def test_a_graph_that_computes_something_else_is_not_used(llama, tokens, engine_of, monkeypatch):
