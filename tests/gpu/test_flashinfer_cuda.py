@@ -27,7 +27,7 @@ pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 
 import test_kv_write
-from paged_sequences import STEPS, Inputs, Layer, Sequences
+from paged_sequences import Inputs, Layer, Sequences, compare_steps
 from tiny_models import build, mixed_prompts, run_all, save
 
 from ds_serve.attention import flashinfer_plan
@@ -110,13 +110,7 @@ def test_kernel_writes_the_bits_of_index_put():
 @pytest.mark.parametrize("with_host", [True, False], ids=["host", "no host"])
 @pytest.mark.parametrize("layers", list(LAYERS))
 def test_steps_are_those_of_the_reference(layers, with_host):
-    sequences = started(LAYERS[layers])
-    for index, step in enumerate(STEPS):
-        batch = sequences.step(step, with_host)
-        if index % 2:
-            sequences.backend.prepare(batch)
-        sequences.compare(batch, sequences.qkv(batch.num_tokens), BOUND)
-    assert sequences.backend.captures
+    compare_steps(started(LAYERS[layers]), with_host, BOUND)
 
 
 @pytest.mark.parametrize("rows, held, count", [(64, 599, 1), (1, 8191, 1), (1, 7680, 512), (3, 1300, 700)])
