@@ -43,7 +43,6 @@ def make_batch(layer: LayerKV, counts: list[int], lengths: list[int], dtype: tor
         context_len=torch.tensor(lengths, dtype=torch.int32),
         block_tables=torch.tensor([t + [0] * (max(need) - len(t)) for t in tables], dtype=torch.int32),
         positions=torch.tensor(sum(positions, [])),
-        max_query_len=max(counts),
         num_tokens=sum(counts),
     )
 

@@ -67,7 +67,6 @@ def batch_of(config: LlamaConfig, rows: int, new: int, context: int) -> Attentio
         context_len=torch.full((rows,), context, dtype=torch.int32),
         block_tables=tables,
         positions=positions,
-        max_query_len=new,
         num_tokens=rows * new,
     )
 

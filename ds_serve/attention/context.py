@@ -58,7 +58,7 @@ class AttentionBatch:
     block_tables  int32[R, B] block ids in order, padded with 0; any id where nobody sees the tokens any more
     more_groups   slot_mapping and block_tables of groups 1, 2, ..: those above are group 0's (see tables)
     positions     int64[T]    position of each token in its sequence
-    max_query_len, num_tokens plain ints, so that nobody needs to ask the device
+    num_tokens    T, a plain int, so that nobody needs to ask the device
     sampled       int64[S] or None  the tokens whose logits are wanted (None: all); a last layer may leave
                   the others' hidden states unfinished, once their KV is written
     adapters      LoRA adapters of the tokens; None: no token takes one
@@ -73,7 +73,6 @@ class AttentionBatch:
     context_len: torch.Tensor
     block_tables: torch.Tensor
     positions: torch.Tensor
-    max_query_len: int
     num_tokens: int
     sampled: torch.Tensor | None = None
     adapters: AdapterRows | None = None

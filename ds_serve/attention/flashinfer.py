@@ -213,7 +213,6 @@ class FlashInferBackend:
             context_len=torch.from_numpy(lengths).to(device),
             block_tables=torch.from_numpy(table).to(device),
             positions=torch.from_numpy(positions).to(device),
-            max_query_len=int(counts.max()),
             num_tokens=len(q),
             host=rows,
         )

@@ -347,7 +347,6 @@ def _probe_input(attention: nn.Module, hidden: int) -> tuple[torch.Tensor, torch
         context_len=ends,
         block_tables=torch.arange(len(_PROBE_LENGTHS), dtype=torch.int32)[:, None].contiguous(),
         positions=positions,
-        max_query_len=max(_PROBE_LENGTHS),
         num_tokens=len(slots),
     )
     return _random(1, len(slots), hidden), positions[None], batch

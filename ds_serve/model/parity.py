@@ -147,6 +147,5 @@ def chunk(layout: KVLayout, slab: torch.Tensor, start: int, end: int) -> Attenti
         context_len=torch.tensor([end], dtype=torch.int32, device=device),
         block_tables=torch.arange(1, blocks + 1, dtype=torch.int32, device=device)[None],
         positions=positions,
-        max_query_len=end - start,
         num_tokens=end - start,
     )

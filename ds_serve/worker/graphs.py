@@ -213,7 +213,6 @@ class GraphRunner:
             context_len=fields[CONTEXT].view(torch.int32)[:rows],
             block_tables=tables,
             positions=fields[POSITION],
-            max_query_len=1,
             num_tokens=rows,
             sampled=self._order[:rows],
             more_groups=tuple(more),

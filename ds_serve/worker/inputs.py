@@ -63,7 +63,6 @@ def upload(step: HostStep, slab: torch.Tensor, layout: KVLayout, pool: TokenPool
         context_len=context_len,
         block_tables=block_tables,
         positions=positions,
-        max_query_len=int(np.diff(step.query_start).max()),
         num_tokens=step.num_tokens,
         sampled=sampled,
         adapters=AdapterRows(rest[-1], first, last) if of_token else None,

@@ -239,7 +239,6 @@ def _largest_batch(
         context_len=torch.full((rows,), longest, dtype=torch.int32, device=device),
         block_tables=table,
         positions=positions,
-        max_query_len=max(counts),
         num_tokens=num_tokens,
         sampled=torch.cat([last, scored]).to(device),
         more_groups=((slots, table),) * max(layout.groups, default=0),

@@ -13,6 +13,7 @@ from ds_serve.attention.layout import KVLayout, LayerKV
 from ds_serve.attention.reference import ReferenceBackend
 
 BLOCK = 16
+EXACT = 2e-5  # of outputs in float32: sums in another order
 Inputs = list[tuple[torch.Tensor, ...]]  # q, k, v of each layer
 
 
@@ -94,7 +95,6 @@ class Sequences:
             torch.from_numpy(rows.context_len).to(self.device),
             tables[0][1],
             positions=torch.zeros(0),
-            max_query_len=int(np.diff(rows.query_start).max()),
             num_tokens=int(rows.query_start[-1]),
             more_groups=tuple(tables[1:]),
             host=rows if with_host else None,
@@ -120,7 +120,7 @@ class Sequences:
             for index, layer in enumerate(self.layers)
         ]
 
-    def compare(self, batch: AttentionBatch, inputs: Inputs, bound: float = 2e-5) -> None:
+    def compare(self, batch: AttentionBatch, inputs: Inputs, bound: float = EXACT) -> None:
         """All layers of the step by both backends: the same slab, and outputs within bound."""
         self.check(batch, inputs, self.run(batch, inputs), bound)
 
@@ -161,3 +161,13 @@ STEPS = [
     [(4, 1), (3, 17), (0, 5)],
     [(3, 1), (1, 1), (4, 1)],
 ]
+
+
+def compare_steps(sequences: Sequences, with_host: bool, bound: float = EXACT) -> None:
+    """All STEPS by both backends, every other one prepared; what they used can be captured."""
+    for index, step in enumerate(STEPS):
+        batch = sequences.step(step, with_host)
+        if index % 2:
+            sequences.backend.prepare(batch)
+        sequences.compare(batch, sequences.qkv(batch.num_tokens), bound)
+    assert sequences.backend.captures

@@ -103,7 +103,6 @@ def ragged(rows: list[tuple[int, int, list[int]]], layout: KVLayout, slab: torch
         context_len=torch.tensor([end for _, end, _ in rows], dtype=torch.int32),
         block_tables=torch.tensor([t + [0] * (width - len(t)) for _, _, t in rows], dtype=torch.int32),
         positions=torch.tensor(positions),
-        max_query_len=max(counts),
         num_tokens=len(slots),
     )
 

@@ -67,7 +67,6 @@ class Rows:
             context_len=torch.tensor(lengths, dtype=torch.int32),
             block_tables=torch.tensor([t + [0] * (width - len(t)) for t in tables], dtype=torch.int32),
             positions=torch.tensor(positions),
-            max_query_len=max(c for _, c in counts),
             num_tokens=len(slots),
         )
 

@@ -37,7 +37,6 @@ def single_row(layout: KVLayout, slab, table: list[int], begin: int, end: int) -
         context_len=torch.tensor([end], dtype=torch.int32),
         block_tables=blocks[None].int(),
         positions=positions,
-        max_query_len=end - begin,
         num_tokens=end - begin,
     )
 

@@ -102,7 +102,6 @@ class Paged:
             torch.tensor(ends, dtype=torch.int32),
             torch.tensor(tables, dtype=torch.int32),
             torch.tensor(positions),
-            max(len(ids) for _, ids in rows),
             len(positions),
             sampled,
         )
@@ -198,7 +197,7 @@ def test_shards_sum_to_the_whole_layer(name):
         ends, table = torch.tensor([5], **i32), torch.zeros(1, 1, **i32)
         start = torch.tensor([0, 5], **i32)
         return AttentionBatch(
-            layout.allocate(1, "cpu"), layout, torch.arange(5), start, ends, table, positions[0], 5, 5
+            layout.allocate(1, "cpu"), layout, torch.arange(5), start, ends, table, positions[0], 5
         )
 
     with torch.no_grad():

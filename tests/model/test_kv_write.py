@@ -29,7 +29,7 @@ def problem(tokens: int, heads: int, k_dim: int, v_dim: int, dtype: torch.dtype,
     layout = KVLayout((LayerKV(heads, k_dim, v_dim),) * 2, 4, dtype)
     num_blocks = 6 + tokens // 4
     slab = torch.randn(num_blocks, layout.block_elems, generator=generator).to(device, dtype)
-    batch = AttentionBatch(slab, layout, *[torch.empty(0)] * 5, max_query_len=0, num_tokens=0)
+    batch = AttentionBatch(slab, layout, *[torch.empty(0)] * 5, num_tokens=0)
     keys = region(batch, layout.k_offset(1), heads, k_dim)
     values = region(batch, layout.v_offset(1), heads, v_dim)
     k = torch.randn(heads, tokens, k_dim, generator=generator).to(device, dtype).transpose(0, 1)

@@ -147,7 +147,6 @@ def test_what_lies_where_an_entry_is_gone_is_never_read(name, local):
             context_len=torch.tensor([stop]).int(),
             block_tables=torch.arange(5, 10).int()[None],
             positions=positions,
-            max_query_len=stop - begin,
             num_tokens=stop - begin,
             more_groups=(group,),
         )

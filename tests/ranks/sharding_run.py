@@ -66,7 +66,6 @@ def paged_logits(model, ids: torch.Tensor, sampled: torch.Tensor | None = None) 
         context_len=torch.tensor([count], dtype=torch.int32),
         block_tables=torch.arange(blocks, dtype=torch.int32)[None],
         positions=torch.arange(count),
-        max_query_len=count,
         num_tokens=count,
         sampled=sampled,
     )
