@@ -110,7 +110,7 @@ class Grid:
         if not place.is_last_stage:
             self.send_on(token)
         if self.way_back is not None:
-            self.way_back.use(get_accelerator().current_device_name())
+            self.way_back.use(device)
         get_accelerator().synchronize()
 
     # -- what deepspeed.init_inference asks of its mpu ---------------------------------------------
